@@ -1,0 +1,9977 @@
+// mil.h 0.1.0: deep Multiple Instance Learning (MIL) in one C header.
+//
+// Scores and trains attention-based MIL models (ABMIL and its relatives) on bags of patch features, from C99 or C++11,
+// with libc and libm only. Models carry the names, options and state-dict keys of their reference code, so a checkpoint
+// trained in Python loads here as it is, and one trained here loads there.
+//
+//     #define MIL_IMPLEMENTATION      // in exactly one .c or .cpp file
+//     #include "mil.h"
+//                                     // cc -O2 app.c -lm -lpthread
+//
+// Score a slide: features [N, 1024] from an encoder, weights saved by mil.h or by the reference code.
+//
+//     mil_context *ctx;
+//     if (mil_context_create(&ctx, NULL) != MIL_OK) return 1;
+//     mil_model *model = mil_create(ctx, "abmil.base.uni.none", "num_classes=2");
+//     if (!model || mil_load(model, "weights.safetensors") != MIL_OK) { puts(mil_error(ctx)); return 1; }
+//
+//     mil_scorer *scorer = mil_scorer_create(model, NULL);
+//     mil_scorer_push(scorer, features, n, 0, MIL_F32);             // in one call, or as the patches come
+//
+//     mil_real logits[2];
+//     if (mil_scorer_read(scorer, MIL_LOGITS, logits, 2) != MIL_OK) { puts(mil_error(ctx)); return 1; }
+//     printf("logits %.4f %.4f\n", logits[0], logits[1]);
+//
+//     mil_scorer_free(scorer);
+//     mil_model_free(model);
+//     mil_context_free(ctx);
+//
+// What it does not do: it does not open slides, cut patches or run the patch encoder; it reads safetensors and NPY and no
+// other format (tools/ converts); it is no general array library; it is not a medical device.
+//
+// Contents. Search for the tag to jump there.
+//
+//   >>options          macros that change the build
+//   public half
+//     >>basics         version, status, dtypes, tensors
+//     >>context        memory, threads, errors
+//     >>tape           record, then run
+//     >>ops            what can be recorded
+//     >>layers         linear, gated attention, ... with their parameters
+//     >>models         create by name, parameters, load and save
+//     >>bags           what a model is given, and what it answers
+//     >>scoring        whole bags and streams of patches
+//     >>training       losses, optimizers, one call per step
+//     >>metrics        AUROC, kappa, calibration, bootstrap
+//     >>files          safetensors, NPY, crash-safe writing
+//     >>extending      your own ops, models and backends
+//   implementation, each room using only rooms above it
+//     >>platform       memory, threads, text
+//     >>kernels        GEMM and vector maths per CPU
+//     >>record         nodes, shapes, random draws
+//     >>plan           stages, row groups, buffers
+//     >>execute        the CPU backend, running a tape
+//     >>op-table       every op: shape rule, kernel, gradient
+//     >>layer-code     layers
+//     >>json           a strict JSON reader
+//     >>file-code      safetensors, NPY
+//     >>model-code     options, registry, load, save
+//     >>model-blocks   abmil, ...
+//     >>loss-code      cross-entropy, binary cross-entropy
+//     >>train-code     optimizers, schedules, trainer
+//     >>score-code     scorer
+//     >>metric-code    metrics
+//
+// Licence: MIT, text at the end of the file.
+
+#ifndef MIL_H
+#define MIL_H
+
+// ==== >>options: macros that change the build =====================================================================
+//
+//   macro                 default      what it does
+//   MIL_IMPLEMENTATION    off          compiles the implementation into this file; define it in one file of a program
+//   MIL_STATIC            off          every function static: a private copy per file
+//   MIL_REAL              float        arithmetic type, float or double (double: plain C kernels, for tests)
+//   MIL_MALLOC, MIL_REALLOC, MIL_FREE  malloc, realloc, free; define all three or none
+//   MIL_ASSERT(x)         assert(x)    checks of the library's own invariants; never of what comes from outside
+//   MIL_NO_STDIO          off          no files: weights from memory only, no <stdio.h> but vsnprintf
+//   MIL_NO_THREADS        off          no thread pool (a host's parallel_for still works)
+//   MIL_NO_SIMD           off          plain C kernels only
+//   MIL_NO_TRAINING       off          no gradients, losses, optimizers, trainer: about a third of the code
+//   MIL_NO_METRICS        off          no metrics
+//   MIL_USE_CBLAS         off          matrix products by cblas_sgemm / cblas_dgemm; results may then depend on threads
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifndef MIL_REAL
+#define MIL_REAL float
+#define MIL_REAL_IS_FLOAT 1
+#else
+// `#if` cannot compare types, so the name is pasted into a macro that is 1 for double and float.
+#define MILI_REAL_NAME_float 1
+#define MILI_REAL_NAME_double 2
+#define MILI_PASTE_(a, b) a##b
+#define MILI_PASTE(a, b) MILI_PASTE_(a, b)
+#if MILI_PASTE(MILI_REAL_NAME_, MIL_REAL) == 1
+#define MIL_REAL_IS_FLOAT 1
+#elif MILI_PASTE(MILI_REAL_NAME_, MIL_REAL) == 2
+#define MIL_REAL_IS_FLOAT 0
+#else
+#error "mil.h: MIL_REAL is float or double"
+#endif
+#endif
+
+#ifdef MIL_STATIC
+#if defined(__GNUC__) || defined(__clang__)
+#define MIL_API static __attribute__((unused))
+#else
+#define MIL_API static
+#endif
+#elif !defined(MIL_API)
+#ifdef __cplusplus
+#define MIL_API extern "C"
+#else
+#define MIL_API extern
+#endif
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define MIL_PRINTF(text, first) __attribute__((format(printf, text, first)))
+#else
+#define MIL_PRINTF(text, first)
+#endif
+
+// ==== >>basics: version, status, dtypes, tensors ==================================================================
+
+#define MIL_VERSION_MAJOR 0
+#define MIL_VERSION_MINOR 1
+#define MIL_VERSION_PATCH 0
+#define MIL_VERSION "0.1.0"
+
+typedef MIL_REAL mil_real;                               // what everything is computed in
+
+// The version the implementation was compiled from, "major.minor.patch"; compare with MIL_VERSION of the header in use.
+MIL_API const char *mil_version(void);
+
+// X(constant, sentence)
+#define MIL_STATUS_LIST(X)                                                                          \
+    X(MIL_OK,                "no error")                                                            \
+    X(MIL_ERROR_ARGUMENT,    "an argument is not what the function takes")                          \
+    X(MIL_ERROR_SHAPE,       "shapes do not fit each other")                                        \
+    X(MIL_ERROR_NO_MEMORY,   "the allocator returned no memory")                                    \
+    X(MIL_ERROR_IO,          "the system could not read or write a file")                           \
+    X(MIL_ERROR_FORMAT,      "a file or text breaks its format's rules")                            \
+    X(MIL_ERROR_UNKNOWN,     "a name that does not exist: model, option, tensor, op")               \
+    X(MIL_ERROR_UNSUPPORTED, "valid, but not offered here")                                         \
+    X(MIL_ERROR_STATE,       "a call out of order")                                                 \
+    X(MIL_ERROR_NUMERIC,     "a NaN or an infinity where a number was needed")                      \
+    X(MIL_ERROR_BACKEND,     "the backend failed")
+
+#define MILI_STATUS_ENUM(name, text) name,
+typedef enum mil_status { MIL_STATUS_LIST(MILI_STATUS_ENUM) MIL_STATUS_COUNT } mil_status;
+#undef MILI_STATUS_ENUM
+
+// The constant's name ("MIL_ERROR_SHAPE") and its general sentence. The particular sentence is mil_error.
+MIL_API const char *mil_status_name(mil_status status);
+MIL_API const char *mil_status_text(mil_status status);
+
+// X(constant, bytes, name in safetensors)
+#define MIL_DTYPE_LIST(X)                                                                           \
+    X(MIL_F32, 4, "F32") X(MIL_F64, 8, "F64") X(MIL_F16, 2, "F16") X(MIL_BF16, 2, "BF16")           \
+    X(MIL_I8, 1, "I8")   X(MIL_U8, 1, "U8")   X(MIL_I16, 2, "I16") X(MIL_U16, 2, "U16")             \
+    X(MIL_I32, 4, "I32") X(MIL_U32, 4, "U32") X(MIL_I64, 8, "I64") X(MIL_U64, 8, "U64")             \
+    X(MIL_BOOL, 1, "BOOL")
+
+#define MILI_DTYPE_ENUM(name, bytes, text) name,
+typedef enum mil_dtype { MIL_DTYPE_LIST(MILI_DTYPE_ENUM) MIL_DTYPE_COUNT } mil_dtype;
+#undef MILI_DTYPE_ENUM
+
+#if MIL_REAL_IS_FLOAT
+#define MIL_REAL_DTYPE MIL_F32
+#else
+#define MIL_REAL_DTYPE MIL_F64
+#endif
+
+MIL_API size_t      mil_dtype_size(mil_dtype dtype);      // bytes of one element; 0 for no dtype
+MIL_API const char *mil_dtype_name(mil_dtype dtype);      // "F32", ...; "?" for no dtype
+
+#define MIL_MAX_RANK 8
+
+// A view of memory that somebody else owns. As an input the memory is only read, and may be unaligned.
+// stride: bytes from one index to the next, per axis; all zero means packed, row-major.
+typedef struct mil_tensor {
+    void     *data;
+    mil_dtype dtype;
+    int       rank;                                       // 0: a scalar, one element
+    int64_t   shape[MIL_MAX_RANK];
+    int64_t   stride[MIL_MAX_RANK];
+} mil_tensor;
+
+// Packed views. `data` is declared const because inputs are only read.
+MIL_API mil_tensor mil_tensor_make(const void *data, mil_dtype dtype, int rank, const int64_t *shape);
+MIL_API mil_tensor mil_tensor_matrix(const void *data, mil_dtype dtype, int64_t rows, int64_t cols);     // [rows, cols]
+MIL_API int64_t    mil_tensor_count(const mil_tensor *t); // elements; -1 when the product overflows or t is malformed
+
+// ==== >>context: memory, threads, errors ==========================================================================
+//
+// A context owns the allocator, the threads and the last error. Everything created from it is used by one thread at a
+// time; two contexts never share anything, so two threads with a context each need no lock.
+
+typedef struct mil_context mil_context;
+
+// One function allocates, grows and frees.
+//   block NULL, new_size > 0: allocate.  new_size 0: free `block` of old_size bytes, result unused.
+//   Returns NULL when there is no memory; `block` is then untouched. Results are aligned for any C type.
+typedef struct mil_allocator {
+    void *(*reallocate)(void *user, void *block, size_t old_size, size_t new_size);
+    void *user;
+} mil_allocator;
+
+// A host's own threads. run calls task(arg, i) once for each i in 0..count-1, on any threads in any order, and returns
+// when all have returned. `threads`: how many run at once at most. Results do not depend on it.
+typedef struct mil_parallel {
+    void (*run)(void *user, int64_t count, void (*task)(void *arg, int64_t index), void *arg);
+    void *user;
+    int   threads;
+} mil_parallel;
+
+// Which kernels to use. AUTO takes the best that this CPU runs; the others are for tests.
+typedef enum mil_cpu { MIL_CPU_AUTO, MIL_CPU_PLAIN, MIL_CPU_AVX2, MIL_CPU_AVX512, MIL_CPU_NEON } mil_cpu;
+
+typedef struct mil_backend mil_backend;
+
+typedef struct mil_context_options {
+    mil_allocator allocator;                              // reallocate NULL: MIL_MALLOC and friends
+    void         *memory;                                 // a fixed block instead of an allocator: everything lives in it
+    size_t        memory_size;                            // its bytes
+    int           threads;                                // pool size, 0: one per CPU, 1: no pool
+    mil_parallel  parallel;                               // run not NULL: used instead of a pool
+    mil_cpu       cpu;
+    const mil_backend *backend;                           // NULL: the CPU
+} mil_context_options;
+
+MIL_API mil_context_options mil_context_options_default(void);
+
+// Creates a context. options NULL: the defaults. *out is NULL on failure.
+// Errors: MIL_ERROR_NO_MEMORY; MIL_ERROR_ARGUMENT (negative threads, a block too small); MIL_ERROR_UNSUPPORTED (a CPU
+// tier this machine lacks). There is no context to hold the sentence then; mil_status_text says what the code means.
+MIL_API mil_status mil_context_create(mil_context **out, const mil_context_options *options);
+
+// Frees the context and its threads. Models, tapes, scorers of it must have been freed before. NULL is fine.
+MIL_API void mil_context_free(mil_context *ctx);
+
+// The sentence of the last call that failed, "" when none did: names the place, the values and what was expected. The
+// first error of a call wins. Valid until the next call with this context. Calls that return mil_status reset it.
+MIL_API const char *mil_error(const mil_context *ctx);
+MIL_API mil_status  mil_error_status(const mil_context *ctx);
+MIL_API void        mil_error_clear(mil_context *ctx);
+
+// Bytes that the context holds now, and the most it ever held.
+MIL_API size_t mil_context_bytes(const mil_context *ctx);
+MIL_API size_t mil_context_peak_bytes(const mil_context *ctx);
+
+MIL_API const char *mil_context_cpu(const mil_context *ctx);   // name of the kernels in use: "avx512", "plain", ...
+MIL_API int         mil_context_threads(const mil_context *ctx);
+
+// ==== >>tape: record, then run ====================================================================================
+//
+// Calling an op records a node; shapes and types are checked at the call, nothing is computed. mil_tape_run then plans
+// memory for all that is needed and computes it. Only kept nodes (mil_node_keep), updates, and what they need are run.
+//
+// Errors are sticky: an op given NULL or a wrong shape returns NULL and the tape remembers the first error, so model code
+// does not check; mil_tape_run (or mil_tape_status) reports it.
+//
+// Values are mil_real, row-major; index values are MIL_I64. A "row" is what the last axis runs over: [B, N, E] has B*N rows.
+
+typedef struct mil_tape mil_tape;
+typedef struct mil_node mil_node;
+typedef struct mil_op mil_op;
+typedef struct mil_param mil_param;
+
+MIL_API mil_status mil_tape_create(mil_context *ctx, mil_tape **out);
+MIL_API void       mil_tape_free(mil_tape *tape);              // NULL is fine
+MIL_API void       mil_tape_reset(mil_tape *tape);             // forgets all nodes and the error; keeps its memory for the next recording
+MIL_API mil_context *mil_tape_context(mil_tape *tape);
+
+// Training on: dropout drops, batch statistics are computed, and an op without a gradient on the way to a parameter is an
+// error. Off at first. Applies to nodes recorded afterwards.
+MIL_API void mil_tape_training(mil_tape *tape, int on);
+MIL_API int  mil_tape_is_training(const mil_tape *tape);
+
+// The random draws of a run are a function of (seed, step, name of the draw, element): the same on any machine and for any
+// number of threads. Give each training step its own `step`.
+MIL_API void mil_tape_seed(mil_tape *tape, uint64_t seed, uint64_t step);
+
+// Supplies the draw called `name` ("shuffle", "mask") instead of the library's own. The memory must stay valid until the
+// tape is reset. Shape and type are checked where the draw is recorded.
+MIL_API void mil_tape_draw(mil_tape *tape, const char *name, const mil_tensor *values);
+
+// Names the layer that is being recorded, for error sentences; pop as often as pushed.
+MIL_API void mil_tape_push(mil_tape *tape, const char *layer);
+MIL_API void mil_tape_pop(mil_tape *tape);
+
+// Leaves. Inputs may be of any dtype and strided; `t->data` must stay valid until the tape has run. Where an op needs
+// mil_real, rows are converted tile by tile.
+MIL_API mil_node *mil_input(mil_tape *tape, const char *name, const mil_tensor *t);
+MIL_API mil_node *mil_constant(mil_tape *tape, int rank, const int64_t *shape, double value);    // every element = value
+MIL_API mil_node *mil_use(mil_tape *tape, mil_param *param);                                     // a parameter's value; once per tape
+
+// Points an input node at other memory of the same dtype, shape and strides, for running the same tape again.
+MIL_API mil_status mil_input_set(mil_node *input, const void *data);
+
+MIL_API void mil_node_keep(mil_node *node);                    // its value can be read after the run. NULL is fine
+MIL_API mil_status mil_node_read(mil_node *node, void *dst, int64_t count);   // copies a kept value of `count` elements: mil_real, or int64_t
+
+MIL_API mil_status mil_tape_status(const mil_tape *tape);      // MIL_OK or the first recording error
+
+// Bytes of workspace that the next mil_tape_run needs, so that a caller can decide before running. 0 after an error.
+MIL_API size_t mil_tape_bytes(mil_tape *tape);
+
+// The caller's block for the workspace, instead of the context's allocator; NULL gives it back. Aligned to 64, or a little is lost.
+MIL_API void mil_tape_workspace(mil_tape *tape, void *memory, size_t bytes);
+
+// Runs what has been recorded since the last run. A node of an earlier run can be used by later nodes when it was kept.
+// Errors: the first recording error; MIL_ERROR_NO_MEMORY (the tape is as before); MIL_ERROR_STATE (an earlier value is gone).
+MIL_API mil_status mil_tape_run(mil_tape *tape);
+
+// Runs everything again, with the inputs' and parameters' present values and the present seed and step.
+MIL_API mil_status mil_tape_rerun(mil_tape *tape);
+
+typedef enum mil_tape_option {
+    MIL_TAPE_NO_REUSE,       // every value has memory of its own, none is shared (to check the planner): 0 or 1
+    MIL_TAPE_POISON,         // dead buffers are filled with NaN: 0 or 1
+    MIL_TAPE_NO_GROUPS,      // no row streaming: 0 or 1
+    MIL_TAPE_RECOMPUTE       // the backward pass recomputes row-wise values instead of storing them: 0 or 1
+} mil_tape_option;
+MIL_API void mil_tape_set(mil_tape *tape, mil_tape_option option, int value);
+
+#ifndef MIL_NO_TRAINING
+// Records the gradient of `loss` (one element) by everything it depends on that wants one: parameters, and inputs marked
+// with mil_node_want_grad. Gradients are nodes like others. Once per tape.
+MIL_API mil_status mil_tape_backward(mil_tape *tape, mil_node *loss);
+// The same for sum_i <y[i], dy[i]>: parts with several results and no loss. dy[i] has y[i]'s shape.
+MIL_API mil_status mil_tape_backward_from(mil_tape *tape, mil_node *const *y, mil_node *const *dy, int count);
+MIL_API void       mil_node_want_grad(mil_node *input);
+MIL_API mil_node  *mil_node_grad(mil_node *x);                 // NULL when the loss does not depend on x
+#endif
+
+// ==== >>ops: what can be recorded =================================================================================
+//
+// Shapes are checked at the call. Axes may be negative: -1 is the last. Reductions keep the axis with length 1.
+// Broadcasting is NumPy's: axes are aligned at the end, length 1 repeats.
+
+// X(op, formula): element by element, any shape.
+#define MIL_UNARY_LIST(X)                                                                           \
+    X(exp,        "e^x")                                                                            \
+    X(log,        "natural logarithm")                                                              \
+    X(sqrt,       "square root")                                                                    \
+    X(square,     "x^2")                                                                            \
+    X(abs,        "|x|; gradient 0 at 0")                                                           \
+    X(reciprocal, "1 / x")                                                                          \
+    X(tanh,       "tanh x")                                                                         \
+    X(sigmoid,    "1 / (1 + e^-x)")                                                                 \
+    X(relu,       "max(x, 0); gradient 0 at 0")                                                     \
+    X(gelu,       "x/2 (1 + erf(x / sqrt 2)), the exact form")                                      \
+    X(silu,       "x sigmoid(x)")                                                                   \
+    X(softplus,   "log(1 + e^x)")
+
+#define MILI_UNARY_DECLARE(name, text) MIL_API mil_node *mil_##name(mil_node *x);
+MIL_UNARY_LIST(MILI_UNARY_DECLARE)
+#undef MILI_UNARY_DECLARE
+
+MIL_API mil_node *mil_leaky_relu(mil_node *x, double slope);           // x > 0 ? x : slope x
+MIL_API mil_node *mil_clamp(mil_node *x, double low, double high);     // gradient 0 outside
+MIL_API mil_node *mil_affine(mil_node *x, double scale, double shift); // scale x + shift
+MIL_API mil_node *mil_add(mil_node *a, mil_node *b);
+MIL_API mil_node *mil_sub(mil_node *a, mil_node *b);
+MIL_API mil_node *mil_mul(mil_node *a, mil_node *b);
+MIL_API mil_node *mil_div(mil_node *a, mil_node *b);
+MIL_API mil_node *mil_maximum(mil_node *a, mil_node *b);               // gradient to a where equal
+MIL_API mil_node *mil_minimum(mil_node *a, mil_node *b);
+
+// mask 0: `value`, else x; also where x is NaN. mask broadcasts to x's shape and has no gradient.
+MIL_API mil_node *mil_mask_fill(mil_node *x, mil_node *mask, double value);
+
+// Shapes. A reshape copies nothing.
+MIL_API mil_node *mil_reshape(mil_node *x, int rank, const int64_t *shape);          // one length may be -1
+MIL_API mil_node *mil_permute(mil_node *x, const int *axes);                         // y's axis i is x's axis axes[i]
+MIL_API mil_node *mil_transpose(mil_node *x);                                        // swaps the last two axes
+MIL_API mil_node *mil_concat(mil_node *const *x, int count, int axis);
+MIL_API mil_node *mil_slice(mil_node *x, int axis, int64_t start, int64_t length);
+MIL_API mil_node *mil_pad(mil_node *x, int axis, int64_t before, int64_t after);     // with zeros
+MIL_API mil_node *mil_broadcast(mil_node *x, int rank, const int64_t *shape);        // repeats axes of length 1
+MIL_API mil_node *mil_sum_to(mil_node *x, int rank, const int64_t *shape);           // the reverse: sums what was repeated
+MIL_API mil_node *mil_detach(mil_node *x);                                           // same value, no gradient
+
+// Reductions over one axis, which stays with length 1.
+MIL_API mil_node *mil_sum(mil_node *x, int axis);
+MIL_API mil_node *mil_mean(mil_node *x, int axis);
+MIL_API mil_node *mil_max(mil_node *x, int axis);                      // gradient to the first maximum
+MIL_API mil_node *mil_min(mil_node *x, int axis);
+MIL_API mil_node *mil_logsumexp(mil_node *x, int axis);                // all -inf gives -inf
+MIL_API mil_node *mil_argmax(mil_node *x, int axis);                   // MIL_I64, the lowest index of the maximum
+MIL_API mil_node *mil_sum_all(mil_node *x);                            // [] one element
+
+// Softmax over one axis. A slice that is all -inf (every instance masked) gives zeros; a NaN spoils its own slice only.
+MIL_API mil_node *mil_softmax(mil_node *x, int axis);
+MIL_API mil_node *mil_log_softmax(mil_node *x, int axis);
+
+// Matrix products.
+MIL_API mil_node *mil_matmul(mil_node *a, mil_node *b);                // a [.., n, k] b [.., k, m] -> [.., n, m]; leading axes broadcast
+MIL_API mil_node *mil_matmul_t(mil_node *a, mil_node *b, int transpose_a, int transpose_b);   // with either one's last two axes swapped
+MIL_API mil_node *mil_linear(mil_node *x, mil_node *weight, mil_node *bias);   // x [.., in] weight [out, in] bias [out] or NULL -> [.., out]
+
+// Attention pooling: z[b,k] = sum_n softmax_n(scores[b,:,k])[n] values[b,n].  scores [B, N, K], values [B, N, E] -> [B, K, E].
+// One pass with a running maximum (Milakov and Gimelshein 2018, section 3). A column of scores that is all -inf gives zeros.
+MIL_API mil_node *mil_softmax_pool(mil_node *scores, mil_node *values);
+
+// Normalisation over the last axis: (x - mean) / sqrt(var + eps), biased variance, times weight plus bias ([E] each, or both NULL).
+MIL_API mil_node *mil_layer_norm(mil_node *x, mil_node *weight, mil_node *bias, double eps);
+
+// Selection. Index nodes are MIL_I64 and carry no gradient.
+MIL_API mil_node *mil_gather(mil_node *x, mil_node *index, int axis);  // x [.., n, ..], index [k] -> [.., k, ..]
+MIL_API mil_node *mil_scatter_add(mil_node *x, mil_node *index, int axis, int64_t length);   // the reverse: zeros [.., length, ..] plus x at index
+MIL_API mil_node *mil_one_hot(mil_node *index, int64_t classes);       // [..] -> [.., classes]
+
+// Random draws, named (see mil_tape_seed, mil_tape_draw). The same name drawn twice on a tape gives two draws: "mask", "mask.1", ...
+MIL_API mil_node *mil_random_uniform(mil_tape *tape, const char *name, int rank, const int64_t *shape);    // in [0, 1)
+MIL_API mil_node *mil_random_normal(mil_tape *tape, const char *name, int rank, const int64_t *shape);
+MIL_API mil_node *mil_random_permutation(mil_tape *tape, const char *name, int64_t n);                     // MIL_I64 [n]
+// Inverted dropout: in training an element is kept with probability 1 - rate and divided by that; else x itself.
+MIL_API mil_node *mil_dropout(mil_node *x, double rate, const char *name);
+
+// After everything else of the run, writes value into the parameter's memory (same shape).
+MIL_API void mil_update(mil_param *param, mil_node *value);
+
+// ==== >>layers: parts with parameters =============================================================================
+//
+// A layer is a struct of parameters; mil_declare_* creates them under the reference's state-dict key, mil_*_forward records
+// the equations. See >>extending for how a model of your own uses them.
+
+typedef struct mil_builder mil_builder;                    // what a model is declared with
+
+// How a parameter starts. `a`: the bound of uniform, the deviation of normal, the value of constant.
+typedef enum mil_init_kind { MIL_INIT_CONSTANT, MIL_INIT_UNIFORM, MIL_INIT_NORMAL } mil_init_kind;
+typedef struct mil_init { mil_init_kind kind; double a; } mil_init;
+
+// Declares one parameter. key: printf-like, appended to the scopes pushed so far ("blocks.0" + "." + key).
+// Returns NULL after an error, which the builder keeps; mil_create then fails with it.
+MIL_API mil_param *mil_declare(mil_builder *b, mil_init init, int rank, const int64_t *shape, const char *key, ...) MIL_PRINTF(5, 6);
+// A tensor that is saved and loaded but not trained (batch statistics, labels of a loss). dtype MIL_REAL_DTYPE or MIL_I64.
+MIL_API mil_param *mil_declare_buffer(mil_builder *b, mil_dtype dtype, mil_init init, int rank, const int64_t *shape, const char *key, ...) MIL_PRINTF(6, 7);
+MIL_API void mil_declare_alias(mil_builder *b, mil_param *param, const char *key, ...) MIL_PRINTF(3, 4);   // another key that loads into it
+MIL_API void mil_declare_push(mil_builder *b, const char *scope, ...) MIL_PRINTF(2, 3);
+MIL_API void mil_declare_pop(mil_builder *b);
+// Reports that the options do not fit each other; mil_create fails with this sentence.
+MIL_API void mil_declare_fail(mil_builder *b, mil_status status, const char *format, ...) MIL_PRINTF(3, 4);
+
+// y = x W^T + b.  W [out, in], b [out] or NULL. Keys `key.weight`, `key.bias`.
+typedef struct mil_linear_layer { mil_param *weight, *bias; } mil_linear_layer;
+typedef enum mil_linear_init {
+    MIL_LINEAR_KAIMING,      // weight uniform in +-sqrt(6 / in), bias 0                  (MIL-Lab)
+    MIL_LINEAR_TORCH,        // weight and bias uniform in +-1 / sqrt(in)                 (torch's default)
+    MIL_LINEAR_XAVIER        // weight uniform in +-sqrt(6 / (in + out)), bias 0
+} mil_linear_init;
+MIL_API mil_linear_layer mil_declare_linear(mil_builder *b, int64_t in, int64_t out, int bias, mil_linear_init init, const char *key, ...) MIL_PRINTF(6, 7);
+MIL_API mil_node *mil_linear_forward(const mil_linear_layer *layer, mil_node *x);      // [.., in] -> [.., out]
+
+// Layer norm over the last axis. Keys `key.weight`, `key.bias` [E].
+typedef struct mil_norm_layer { mil_param *weight, *bias; double eps; } mil_norm_layer;
+MIL_API mil_norm_layer mil_declare_layer_norm(mil_builder *b, int64_t width, double eps, const char *key, ...) MIL_PRINTF(4, 5);
+MIL_API mil_node *mil_layer_norm_forward(const mil_norm_layer *layer, mil_node *x);
+
+// MIL-Lab's patch MLP: `layers` times linear and relu, dropout after each but the last. Keys `key.0`, `key.3`, `key.6`, ...
+#define MIL_MLP_MAX_LAYERS 16
+typedef struct mil_patch_mlp { mil_linear_layer linear[MIL_MLP_MAX_LAYERS]; int64_t layers; double dropout; } mil_patch_mlp;
+MIL_API mil_patch_mlp mil_declare_patch_mlp(mil_builder *b, int64_t in, int64_t width, int64_t layers, double dropout, const char *key);
+MIL_API mil_node *mil_patch_mlp_forward(const mil_patch_mlp *layer, mil_node *x);      // [.., in] -> [.., width]
+
+// The attention scorer of Ilse, Tomczak, Welling 2018: one raw score per instance, before any softmax.
+//   plain (eq. 8):  s = w tanh(V h)            keys `module.0`, `module.3`
+//   gated (eq. 9):  s = w (tanh(V h) * sigmoid(U h))    keys `attention_a.0`, `attention_b.0`, `attention_c`
+// h [.., E] -> [.., K]. V, U [A, E], w [K, A].
+typedef struct mil_attention_scorer { mil_linear_layer V, U, w; int gated; double dropout; } mil_attention_scorer;
+MIL_API mil_attention_scorer mil_declare_attention_scorer(mil_builder *b, int64_t in, int64_t width, int64_t heads, int gated, double dropout, const char *key);
+MIL_API mil_node *mil_attention_scores(const mil_attention_scorer *layer, mil_node *h);
+
+// ==== >>models: create by name, parameters, load and save =========================================================
+
+typedef struct mil_model mil_model;
+
+// Creates a model with fresh weights (seed 0; mil_model_init for others).
+//   name     `<model>.<config>.<encoder>.<task>`, short names filled in: "abmil" = "abmil.base.uni.none". The encoder gives
+//            in_dim (>>models: mil_encoder_dim). A task other than "none" says that weights will be loaded.
+//   options  "key=value key=value", the reference's keyword names; NULL or "" for none. Later wins. Lists: "a=[1,2]".
+// Returns NULL on error: an unknown model, config, encoder or option (the sentence names the nearest known one), an
+// ill-typed value, options that do not fit each other, no memory.
+MIL_API mil_model *mil_create(mil_context *ctx, const char *name, const char *options);
+MIL_API void mil_model_free(mil_model *model);                                      // NULL is fine
+MIL_API mil_context *mil_model_context(const mil_model *model);
+
+MIL_API const char *mil_model_name(const mil_model *model);                         // full, four parts
+MIL_API int64_t mil_model_in_dim(const mil_model *model);
+MIL_API int64_t mil_model_num_classes(const mil_model *model);
+MIL_API int64_t mil_model_parameter_count(const mil_model *model);                  // trainable numbers
+MIL_API int64_t mil_encoder_dim(const char *encoder);                               // 0 when unknown
+
+// The value of option `key` as text ("512", "true", "relu"); NULL for an unknown key. Valid until the model is freed.
+MIL_API const char *mil_model_option(const mil_model *model, const char *key);
+// All options as a JSON object, as `config` in a case file. Writes at most `size` bytes with the final 0; returns the length needed.
+MIL_API size_t mil_model_config(const mil_model *model, char *dst, size_t size);
+
+// Class names, saved with the weights; count must be num_classes. Copied.
+MIL_API mil_status mil_model_set_class_names(mil_model *model, const char *const *names, int64_t count);
+MIL_API const char *mil_model_class_name(const mil_model *model, int64_t i);        // NULL when none were set
+// Any other text to save beside the weights ("mil.note"); value NULL removes it. Copied.
+MIL_API mil_status mil_model_set_metadata(mil_model *model, const char *key, const char *value);
+MIL_API const char *mil_model_metadata(const mil_model *model, const char *key);    // NULL when absent
+
+// Parameters, in the order of declaration. Fields are read-only but for the memory at `data`.
+struct mil_param {
+    const char *key;                                      // state-dict key, without the model's prefix
+    mil_dtype   dtype;                                    // MIL_REAL_DTYPE, or MIL_I64 for some buffers
+    int         rank;
+    int64_t     shape[MIL_MAX_RANK];
+    int64_t     count;                                    // elements
+    int         trainable;                                // 0: a buffer
+    int         frozen;                                   // 1: not trained for now (mil_param_freeze)
+    void       *data;                                     // backend memory; on the CPU readable and writable
+    mil_real   *grad;                                     // sum of gradients since the last step, or NULL
+    mil_init    init;
+    mil_model  *model;
+    int64_t     version;                                  // counts changes, so that packed copies are renewed
+    void       *packed;                                   // private
+    size_t      packed_bytes;
+};
+MIL_API int64_t    mil_model_param_count(const mil_model *model);
+MIL_API mil_param *mil_model_param(const mil_model *model, int64_t i);
+MIL_API mil_param *mil_model_find(const mil_model *model, const char *key);         // with or without prefix; NULL when absent
+// Copies a parameter's value out or in; count must be param->count. Writing counts as a change.
+MIL_API mil_status mil_param_read(const mil_param *param, mil_real *dst, int64_t count);
+MIL_API mil_status mil_param_write(mil_param *param, const mil_real *src, int64_t count);
+MIL_API void mil_param_freeze(mil_param *param, int on);
+MIL_API mil_status mil_model_init(mil_model *model, uint64_t seed);                 // fresh weights by the reference's rules
+
+// What a load found, beside its status. Names are listed in mil_error's sentence or by mil_load_report.
+typedef struct mil_load_options {
+    int allow_missing;       // tensors that the file lacks keep their values (else an error that names them)
+    int allow_extra;         // tensors that the model lacks are skipped (else an error that names them)
+    int new_head;            // the classification head is left fresh, as MIL-Lab does for another task
+    int check_finite;        // NaN or infinity in a weight is an error (default 1)
+} mil_load_options;
+MIL_API mil_load_options mil_load_options_default(void);
+
+// Loads weights by their state-dict keys; keys may all carry the prefix `model.` or `module.`, or none.
+// Missing, extra and mis-shaped tensors are named in one sentence; the model is unchanged unless MIL_OK is returned.
+// A file without the classifier (FEATHER) loads with new_head.
+MIL_API mil_status mil_load_memory(mil_model *model, const void *bytes, size_t size, const mil_load_options *options);
+#ifndef MIL_NO_STDIO
+MIL_API mil_status mil_load(mil_model *model, const char *path);                                          // default options
+MIL_API mil_status mil_load_with(mil_model *model, const char *path, const mil_load_options *options);
+// Saves weights under the reference's keys, with the model's name, config and class names in the metadata. Atomic: after
+// a crash the old file or the new one is there.
+MIL_API mil_status mil_save(mil_model *model, const char *path);
+// Creates the model that a file saved by mil_save describes and loads it; a file of others needs a `config.json` beside it.
+MIL_API mil_model *mil_open(mil_context *ctx, const char *path);
+#endif
+MIL_API mil_model *mil_open_memory(mil_context *ctx, const void *bytes, size_t size);
+// Writes what mil_save would into memory: *size is the room on entry, the need on return (dst NULL: only asks).
+MIL_API mil_status mil_save_memory(mil_model *model, void *dst, size_t *size);
+
+// ---- option tables -----------------------------------------------------------------------------------------------
+// A model's hyperparameters, for listing (`mil models`) and for models of your own. The config is a plain struct; each
+// row says where its member lies. Defaults are text, read by the same parser as the caller's options.
+typedef enum mil_option_type {
+    MIL_OPTION_INT,          // int64_t
+    MIL_OPTION_REAL,         // double
+    MIL_OPTION_BOOL,         // int, 0 or 1; "true" and "false" in text
+    MIL_OPTION_CHOICE,       // int, position in `choices` ("relu|gelu|tanh")
+    MIL_OPTION_TEXT,         // char[MIL_OPTION_TEXT_SIZE]
+    MIL_OPTION_INTS,         // mil_int_list: "[1,2,3]" or "null"
+    MIL_OPTION_TEXTS         // mil_text_list
+} mil_option_type;
+#define MIL_OPTION_TEXT_SIZE 32
+#define MIL_OPTION_LIST_SIZE 16
+typedef struct mil_int_list { int count; int64_t value[MIL_OPTION_LIST_SIZE]; } mil_int_list;
+typedef struct mil_text_list { int count; char value[MIL_OPTION_LIST_SIZE][MIL_OPTION_TEXT_SIZE]; } mil_text_list;
+
+typedef struct mil_option {
+    const char     *name;
+    mil_option_type type;
+    size_t          offset;
+    const char     *value;                                // default, as text
+    const char     *choices;                              // CHOICE: "a|b|c"; a number type: "min..max" or NULL
+    const char     *doc;                                  // one line
+} mil_option;
+
+typedef struct mil_config { const char *name, *options; } mil_config;    // a named set of overrides: {"base_afs", "distill=AFS"}
+
+// ==== >>bags: what a model is given, and what it answers ==========================================================
+
+typedef struct mil_named_tensor { const char *name; mil_tensor tensor; } mil_named_tensor;
+
+// One bag, or a batch of bags of equal (padded) length. Nothing is copied; the memory stays the caller's.
+typedef struct mil_bag {
+    mil_tensor features;                                  // [N, D] or [B, N, D], any dtype, rows may be strided
+    mil_tensor coords;                                    // [N, 2] or [B, N, 2], patch positions; data NULL: none
+    mil_tensor mask;                                      // [N] or [B, N], 1 = a real instance; data NULL: all are
+    const mil_named_tensor *extra;                        // whatever else a model asks for by name: "adj_index", ...
+    int        extra_count;
+} mil_bag;
+
+MIL_API mil_bag mil_bag_make(const float *features, int64_t instances, int64_t dim);       // features [instances, dim], packed
+
+// X(constant, name, meaning)
+#define MIL_LOSS_LIST(X)                                                                            \
+    X(MIL_LOSS_CE,  "ce",  "softmax cross-entropy, mean over bags; label: class index")             \
+    X(MIL_LOSS_BCE, "bce", "sigmoid cross-entropy, mean over logits; label: 0..1 per logit")
+
+#define MILI_LOSS_ENUM(name, key, text) name,
+typedef enum mil_loss { MIL_LOSS_LIST(MILI_LOSS_ENUM) MIL_LOSS_COUNT } mil_loss;
+#undef MILI_LOSS_ENUM
+
+// What a bag should give, and how a miss is counted. From mil_target_class or mil_target_values; then change members.
+typedef struct mil_target {
+    mil_loss       loss;
+    int64_t        label;                                 // CE, one bag: the class
+    const int64_t *labels;                                // CE, a batch: [B] classes; NULL: `label`
+    double         value;                                 // BCE, one logit: the target in 0..1
+    const double  *values;                                // BCE: [B * C]; NULL: `value`
+    int64_t        count;                                 // how many labels or values
+    const double  *class_weights;                         // CE: [C], or NULL for all 1; the mean is weighted, as torch does
+    double         label_smoothing;                       // CE: 0..1
+    double         pos_weight;                            // BCE: weight of positives, 1 for none
+} mil_target;
+MIL_API mil_target mil_target_class(int64_t label);                                        // CE
+MIL_API mil_target mil_target_value(double value);                                         // BCE
+
+#define MIL_MAX_OUTPUTS 32
+typedef struct mil_outputs {
+    mil_node *logits;                                     // [B, C]
+    mil_node *loss;                                       // one element; NULL without a target
+    mil_node *attention;                                  // in the reference's shape, as it returns it; NULL when the model has none
+    mil_node *attention_scores;                           // [B, N, K] raw scores, or NULL
+    mil_node *attention_weights;                          // [B, N, K] after the softmax over instances, or NULL
+    mil_node *contribution;                               // [B, N, C]: the summand of instance n in logit c, without the bias; NULL
+                                                          // unless the model pools linearly with a linear head
+    mil_node *slide_feats;                                // what enters the classifier
+    struct { const char *name; mil_node *node; } extra[MIL_MAX_OUTPUTS];   // auxiliary losses and others by name
+    int       extra_count;
+} mil_outputs;
+// An output by name ("logits", "loss", "attention", "instance_loss", ...); NULL when absent.
+MIL_API mil_node *mil_outputs_find(const mil_outputs *out, const char *name);
+
+// Records a forward pass. target NULL: no losses. Nothing is kept: keep what you want to read. With training on
+// (mil_tape_training), dropout is on. Errors as mil_tape_status; MIL_ERROR_ARGUMENT for a bag or label that does not fit.
+MIL_API mil_status mil_model_record(mil_tape *tape, mil_model *model, const mil_bag *bag, const mil_target *target, mil_outputs *out);
+
+// ==== >>scoring: whole bags and streams of patches ================================================================
+
+// X(constant, name, shape and meaning for one bag of N instances)
+#define MIL_RESULT_LIST(X)                                                                          \
+    X(MIL_LOGITS,        "logits",        "[C]")                                                    \
+    X(MIL_PROBABILITIES, "probabilities", "[C] softmax of the logits; C = 1: sigmoid")              \
+    X(MIL_ATTENTION,     "attention",     "[N, K] raw scores")                                       \
+    X(MIL_WEIGHTS,       "weights",       "[N, K] attention after the softmax")                    \
+    X(MIL_CONTRIBUTION,  "contribution",  "[N, C] summand of each instance in each logit")          \
+    X(MIL_SLIDE_FEATS,   "slide_feats",   "what enters the classifier")
+
+#define MILI_RESULT_ENUM(name, key, text) name,
+typedef enum mil_result { MIL_RESULT_LIST(MILI_RESULT_ENUM) MIL_RESULT_COUNT } mil_result;
+#undef MILI_RESULT_ENUM
+MIL_API const char *mil_result_name(mil_result result);
+
+typedef struct mil_scorer mil_scorer;
+
+typedef struct mil_scorer_options {
+    int64_t  capacity;       // instances to reserve for; pushing more grows the memory (0: grow as needed)
+    unsigned results;        // bits (1u << MIL_ATTENTION) ... of what will be read beside logits and probabilities
+} mil_scorer_options;
+MIL_API mil_scorer_options mil_scorer_options_default(void);                                // attention, no reserve
+
+// A scorer keeps packed weights and workspace, so that scoring allocates nothing once it has seen the largest bag.
+// Returns NULL on error. options NULL: the defaults. The model must outlive it; after changing weights, make a new one.
+MIL_API mil_scorer *mil_scorer_create(mil_model *model, const mil_scorer_options *options);
+MIL_API void mil_scorer_free(mil_scorer *scorer);
+// Bytes that a scorer of this model with these options holds when a bag of `instances` has been scored.
+MIL_API size_t mil_scorer_bytes(mil_model *model, const mil_scorer_options *options, int64_t instances);
+
+// Scores a whole bag (any model). What was pushed before is forgotten.
+MIL_API mil_status mil_scorer_score(mil_scorer *scorer, const mil_bag *bag);
+
+// Adds instances to the bag that is being scored.
+//   rows    [count, in_dim] features of `dtype`, each row `stride` bytes after the one before (0: packed).
+//           Only read during the call; may be unaligned. NaN or infinity in a row is an error.
+//   count   instances, 0 or more; a bag may be pushed in any number of calls, with the same bits as in one.
+// Returns MIL_OK, MIL_ERROR_ARGUMENT or MIL_ERROR_NUMERIC (the bag is unchanged), MIL_ERROR_UNSUPPORTED for a model that needs
+// all instances at once (the sentence names the op), or MIL_ERROR_NO_MEMORY (only beyond `capacity`; the bag is unchanged).
+// Threads: one call at a time per scorer. Source: streamed softmax pooling, Milakov and Gimelshein 2018, section 3.
+MIL_API mil_status mil_scorer_push(mil_scorer *scorer, const void *rows, int64_t count, size_t stride, mil_dtype dtype);
+MIL_API void mil_scorer_reset(mil_scorer *scorer);                                          // an empty bag
+MIL_API int64_t mil_scorer_instances(const mil_scorer *scorer);                             // pushed so far
+
+// Results for the instances so far. mil_scorer_count: elements of a result now, 0 when the model does not give it.
+MIL_API int64_t    mil_scorer_count(mil_scorer *scorer, mil_result result);
+MIL_API mil_status mil_scorer_read(mil_scorer *scorer, mil_result result, mil_real *dst, int64_t count);
+
+#ifndef MIL_NO_TRAINING
+// ==== >>training: losses, optimizers, one call per step ===========================================================
+
+// Mean cross-entropy of logits [B, C] against `target`, as torch's CrossEntropyLoss; or BCEWithLogitsLoss. One element.
+MIL_API mil_node *mil_loss_node(mil_node *logits, const mil_target *target);
+MIL_API mil_node *mil_cross_entropy(mil_node *logits, mil_node *labels, mil_node *class_weights, double label_smoothing);   // labels [B] MIL_I64, weights [C] or NULL
+MIL_API mil_node *mil_bce_with_logits(mil_node *logits, mil_node *targets, double pos_weight);                  // same shapes
+
+typedef struct mil_trainer mil_trainer;
+
+// An optimizer with schedule, clipping, accumulation and EMA, over a model's trainable parameters.
+// options: "key=value ..." of the table that mil_trainer_options lists: optimizer (sgd, adam, adamw, radam), lr, momentum, nesterov,
+// weight_decay, beta1, beta2, eps, lookahead, lookahead_k, lookahead_alpha, schedule (constant, step, cosine), steps, warmup, ...
+// Returns NULL on error (sentence in the context).
+MIL_API mil_trainer *mil_trainer_create(mil_model *model, const char *options);
+MIL_API void mil_trainer_free(mil_trainer *trainer);
+MIL_API const mil_option *mil_trainer_options(int *count);
+
+// One bag or batch: forward, backward, and after `accumulate` of them an update. *loss (NULL: not wanted) gets the loss.
+// logits (NULL: not wanted): room for B * C, the logits before the update.
+// Errors: as mil_model_record; MIL_ERROR_NUMERIC when the loss is not finite (nothing is updated).
+MIL_API mil_status mil_trainer_step(mil_trainer *trainer, const mil_bag *bag, const mil_target *target, double *loss, mil_real *logits);
+MIL_API int64_t mil_trainer_steps(const mil_trainer *trainer);                              // updates so far
+MIL_API double  mil_trainer_lr(const mil_trainer *trainer);                                 // rate of the next update
+MIL_API void    mil_trainer_scale_lr(mil_trainer *trainer, double factor);                  // multiplies the schedule from now on
+MIL_API void    mil_trainer_seed(mil_trainer *trainer, uint64_t seed);                      // of dropout and other draws
+MIL_API mil_tape *mil_trainer_tape(mil_trainer *trainer);                                   // of the last step, for mil_tape_draw and memory queries
+
+// Swaps the averaged weights (EMA) into the model, and back. MIL_ERROR_STATE without `ema`.
+MIL_API mil_status mil_trainer_swap_ema(mil_trainer *trainer);
+
+// All that a later mil_trainer_restore needs to go on with the same bits: moments, counters, EMA, accumulated gradients.
+// The model's weights are saved apart. save: *size is the room on entry, the need on return (dst NULL: only asks).
+MIL_API mil_status mil_trainer_save(const mil_trainer *trainer, void *dst, size_t *size);
+MIL_API mil_status mil_trainer_restore(mil_trainer *trainer, const void *bytes, size_t size);
+#endif
+
+// ==== >>metrics: how good predictions are, how well calibrated, and how sure that is ===============================
+// Functions on plain arrays: n bags (or instances), C classes, labels in 0..C-1, scores and probabilities in double.
+//   - An argument that makes no sense (a label outside 0..C-1, NaN, nothing to measure, a row of probabilities that does
+//     not sum to 1) is MIL_ERROR_ARGUMENT with a sentence in the context; results are then left as they were.
+//   - A value that the data leave undefined (AUROC of one class only, kappa of a constant rater) is NaN with MIL_OK.
+//   - Sums run in a fixed order, sorting is stable: the same input gives the same bits.
+//   - Binary data: labels 0 and 1, class 1 the positive one. Probabilities may come as [n, 2] or, C = 1, as the one column
+//     of class 1.
+// Threads: calls with different contexts are independent. Memory: what a call allocates it frees before it returns.
+
+// What mil_metrics holds: X(NAME, member, sign, meaning); sign +1: higher is better, -1: lower is better.
+#define MIL_METRIC_LIST(X)                                                                                      \
+    X(ACCURACY,          accuracy,          +1, "share of bags whose predicted class is the true one")          \
+    X(BALANCED_ACCURACY, balanced_accuracy, +1, "recall, averaged over the classes that have bags")             \
+    X(AUROC,             auroc,             +1, "area under the ROC curve, class 1; C > 2: mean of one-vs-rest") \
+    X(AUROC_WEIGHTED,    auroc_weighted,    +1, "the same, one-vs-rest weighted by the classes' bags")          \
+    X(AVERAGE_PRECISION, average_precision, +1, "step-wise area under precision-recall, class 1; C > 2: mean")  \
+    X(F1_MACRO,          f1_macro,          +1, "F1, plain mean over classes")                                  \
+    X(F1_WEIGHTED,       f1_weighted,       +1, "F1, mean weighted by the classes' bags")                       \
+    X(PRECISION_MACRO,   precision_macro,   +1, "precision, plain mean over classes")                           \
+    X(RECALL_MACRO,      recall_macro,      +1, "recall, plain mean over classes seen or predicted")            \
+    X(SPECIFICITY_MACRO, specificity_macro, +1, "specificity, plain mean over classes")                         \
+    X(F1,                f1,                +1, "F1 of class 1; two classes only")                              \
+    X(PRECISION,         precision,         +1, "positive predictive value of class 1; two classes only")       \
+    X(SENSITIVITY,       sensitivity,       +1, "recall of class 1; two classes only")                          \
+    X(SPECIFICITY,       specificity,       +1, "recall of class 0; two classes only")                          \
+    X(KAPPA,             kappa,             +1, "Cohen's kappa, unweighted")                                    \
+    X(KAPPA_LINEAR,      kappa_linear,      +1, "Cohen's kappa, weights |i - j| (ordered classes)")             \
+    X(KAPPA_QUADRATIC,   kappa_quadratic,   +1, "Cohen's kappa, weights (i - j)^2 (ordered classes)")           \
+    X(BRIER,             brier,             -1, "mean squared error of the probabilities")                      \
+    X(ECE,               ece,               -1, "expected calibration error of the top class, 15 bins")         \
+    X(LOG_LOSS,          log_loss,          -1, "mean negative log-likelihood, nats")
+
+typedef enum mil_metric {
+#define MIL_X(NAME, member, sign, meaning) MIL_METRIC_##NAME,
+    MIL_METRIC_LIST(MIL_X)
+#undef MIL_X
+    MIL_METRIC_COUNT
+} mil_metric;
+
+typedef struct mil_metrics {
+    int64_t count;                                        // n
+    int64_t class_count;                                  // C, 2 when one column was given
+    int64_t absent_count;                                 // classes without a bag; averages over classes leave them out
+#define MIL_X(NAME, member, sign, meaning) double member;
+    MIL_METRIC_LIST(MIL_X)
+#undef MIL_X
+} mil_metrics;
+
+// Name ("auroc"), meaning, +1 or -1, and the value in m of one metric; NULL, 0 or NaN for one that does not exist.
+// mil_metric_find gives MIL_METRIC_COUNT for a name that does not exist.
+MIL_API const char *mil_metric_name(mil_metric which);
+MIL_API const char *mil_metric_meaning(mil_metric which);
+MIL_API int mil_metric_sign(mil_metric which);
+MIL_API double mil_metric_value(const mil_metrics *m, mil_metric which);
+MIL_API mil_metric mil_metric_find(const char *name);
+
+// Everything at once.
+//   probabilities  [n, C], rows that sum to 1 (within 1%), or [n] of class 1 with C = 1
+//   labels         [n]
+// The prediction is the most probable class, the lower one on ties. Equal to the single functions below.
+// Errors: MIL_ERROR_ARGUMENT, MIL_ERROR_NO_MEMORY. Time O(C n log n), memory about 8 C n bytes.
+MIL_API mil_status mil_metrics_compute(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+                                       int64_t C, mil_metrics *out);
+
+// ---- from predicted classes: the confusion matrix and what follows from it -------------------------
+// predicted [n]: the column with the highest of scores [n, C], the lower one on ties; C = 1: 1 where the score exceeds 0.5.
+MIL_API mil_status mil_metric_predict(mil_context *ctx, const double *scores, int64_t n, int64_t C, int64_t *predicted);
+
+// confusion [C, C]: confusion[t * C + p] bags of class t were predicted as p. predicted [n], labels [n].
+MIL_API mil_status mil_metric_confusion(mil_context *ctx, const int64_t *predicted, const int64_t *labels, int64_t n,
+                                        int64_t C, int64_t *confusion);
+
+// From confusion [C, C] with at least one bag in it. Balanced accuracy: mean recall of the classes that have bags.
+MIL_API mil_status mil_metric_accuracy(mil_context *ctx, const int64_t *confusion, int64_t C, double *value);
+MIL_API mil_status mil_metric_balanced_accuracy(mil_context *ctx, const int64_t *confusion, int64_t C, double *value);
+
+// How one value is made of one per class. Macro: plain mean. Weighted: by the class's number of bags.
+typedef enum mil_average { MIL_AVERAGE_MACRO, MIL_AVERAGE_WEIGHTED } mil_average;
+
+// With tp, fp, fn, tn of class c against the rest:
+//   precision tp / (tp + fp)    recall tp / (tp + fn)    specificity tn / (tn + fp)    F1 2 tp / (2 tp + fp + fn)
+// A quotient with denominator 0 is 0. The mean leaves out classes with tp + fp + fn = 0 (neither seen nor predicted), as
+// torchmetrics and scikit-learn do. per_class [C], NULL when not wanted, receives each class's value (NaN for one left out).
+MIL_API mil_status mil_metric_precision(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
+                                        double *per_class, double *value);
+MIL_API mil_status mil_metric_recall(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
+                                     double *per_class, double *value);
+MIL_API mil_status mil_metric_specificity(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
+                                          double *per_class, double *value);
+MIL_API mil_status mil_metric_f1(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
+                                 double *per_class, double *value);
+
+// Cohen's kappa 1 - sum_ij w_ij M_ij / sum_ij w_ij E_ij, E_ij = row_i col_j / n, with w_ij = [i != j], |i - j| or (i - j)^2.
+// NaN when chance alone gives full agreement. Source: Cohen 1960, 1968.
+typedef enum mil_kappa_weights { MIL_KAPPA_UNWEIGHTED, MIL_KAPPA_LINEAR, MIL_KAPPA_QUADRATIC } mil_kappa_weights;
+MIL_API mil_status mil_metric_kappa(mil_context *ctx, const int64_t *confusion, int64_t C, mil_kappa_weights weights,
+                                    double *value);
+
+// ---- from scores: ranking --------------------------------------------------------------------------
+// scores [n], any that order (infinite ones too); labels [n], 0 or 1.
+// AUROC: share of (positive, negative) pairs in the right order, equal scores counting one half (midranks).
+// Average precision: sum_k (R_k - R_{k-1}) P_k over the distinct scores from the highest down, without interpolation.
+// NaN when there are no positives, for AUROC also when there are no negatives.
+MIL_API mil_status mil_metric_auroc(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n, double *value);
+MIL_API mil_status mil_metric_average_precision(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
+                                                double *value);
+
+// The same, each class of scores [n, C] against the rest; C >= 2. per_class [C], NULL when not wanted, has NaN for a class
+// whose value is undefined (no bags, or all of them); the mean leaves these out, and is NaN when none is left.
+MIL_API mil_status mil_metric_auroc_ovr(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n, int64_t C,
+                                        mil_average average, double *per_class, double *value);
+MIL_API mil_status mil_metric_average_precision_ovr(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
+                                                    int64_t C, mil_average average, double *per_class, double *value);
+
+// Youden's threshold: `score >= *threshold` as positive maximises J = sensitivity + specificity - 1. Of equal maxima the
+// highest threshold; infinity when no threshold beats J = 0. Both NaN when a class is absent. j may be NULL.
+MIL_API mil_status mil_metric_youden(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
+                                     double *threshold, double *j);
+
+// ---- from probabilities: calibration ---------------------------------------------------------------
+// probabilities [n, C] or, C = 1, [n] of class 1; labels [n]. As in mil_metrics_compute.
+// Brier: mean over bags of sum_c (p_c - [y = c])^2, halved for two classes, so that it is (p_1 - y)^2.
+// Log loss: mean of -log p_y, p_y not below 2.2e-16.
+// ECE: bags by the probability of their predicted class in `bins` equal intervals (lo, hi] of [0, 1];
+//      sum_b n_b/n |accuracy_b - mean probability_b|. Source: Guo et al. 2017, section 2.
+MIL_API mil_status mil_metric_brier(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+                                    int64_t C, double *value);
+MIL_API mil_status mil_metric_log_loss(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+                                       int64_t C, double *value);
+MIL_API mil_status mil_metric_ece(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+                                  int64_t C, int64_t bins, double *value);
+
+// Temperature scaling: the T in [0.01, 100] for which softmax(logits / T) (C = 1: the sigmoid) has the lowest mean negative
+// log-likelihood, and that value in *nll (may be NULL). Fit it on validation bags, use it on test bags.
+//   logits [n, C], finite; labels [n]
+// The likelihood is convex in 1/T: Newton steps inside a shrinking bracket, always ending at the optimum. When none lies
+// inside (every bag right: T wants to be 0; worse than chance: infinite) T is the end that is nearest to it; 1 when no T
+// changes anything. Source: Guo et al. 2017, section 4.2.
+MIL_API mil_status mil_temperature_fit(mil_context *ctx, const double *logits, const int64_t *labels, int64_t n, int64_t C,
+                                       double *temperature, double *nll);
+
+// ---- survival --------------------------------------------------------------------------------------
+// Harrell's C-index. A pair (i, j), i with an event, counts when t_j > t_i, or t_j = t_i and j is censored; it is concordant
+// when risk_j < risk_i, tied when |risk_j - risk_i| <= tolerance. value = (concordant + tied_risk / 2) / all pairs, NaN when
+// no pair counts (all censored, for one).
+//   risk [n], times [n], finite; events [n], 1 event, 0 censored. tolerance >= 0, 1e-8 as in scikit-survival.
+// Time O(n log n). Source: Harrell, Lee, Mark 1996.
+typedef struct mil_cindex {
+    double value;
+    int64_t concordant, discordant, tied_risk;            // pairs
+    int64_t tied_time;                                    // of these, pairs of equal time
+} mil_cindex;
+MIL_API mil_status mil_metric_cindex(mil_context *ctx, const double *risk, const double *times, const int64_t *events,
+                                     int64_t n, double tolerance, mil_cindex *out);
+
+// ---- bootstrap: percentile confidence intervals ----------------------------------------------------
+// When a resample is drawn class by class, each class keeping its number of bags.
+typedef enum mil_stratify {
+    MIL_STRATIFY_NEEDED,                                  // only where the plain draw has lost a class of the data
+    MIL_STRATIFY_ALWAYS,
+    MIL_STRATIFY_NEVER
+} mil_stratify;
+
+typedef struct mil_bootstrap_options {
+    int64_t resamples;                                    // 1000; at least 2
+    double confidence;                                    // 0.95, between 0 and 1
+    uint64_t seed;                                        // 0; every draw is a function of seed, resample and position
+    mil_stratify stratify;                                // MIL_STRATIFY_NEEDED
+    const int64_t *indices;                               // NULL, or [resamples, n]: the caller's draws, used as they are
+} mil_bootstrap_options;
+MIL_API mil_bootstrap_options mil_bootstrap_default(void);
+
+typedef struct mil_interval {
+    double value;                                         // on the data as they are
+    double mean, std;                                     // over the resamples, divisor resamples - 1
+    double low, high;                                     // percentiles (1 -+ confidence)/2, linear between neighbours
+    int64_t resamples;                                    // resamples whose value was a number; the others are left out
+    int64_t stratified;                                   // resamples drawn class by class
+} mil_interval;
+
+// A metric of the bags indices[0..n-1] (repeats among them), into *value; NaN: undefined for this draw. Anything but MIL_OK
+// ends the bootstrap with that status.
+typedef mil_status (*mil_metric_function)(mil_context *ctx, void *user, const int64_t *indices, int64_t n, double *value);
+
+// The interval of any metric. labels [n] in 0..C-1, or NULL when there are no classes to keep. options NULL: the defaults.
+MIL_API mil_status mil_bootstrap(mil_context *ctx, mil_metric_function metric, void *user, const int64_t *labels, int64_t n,
+                                 int64_t C, const mil_bootstrap_options *options, mil_interval *out);
+
+// The intervals of everything in mil_metrics, on the same resamples: out [MIL_METRIC_COUNT], by mil_metric. Scores are
+// sorted once, so that a resample takes O(C n).
+MIL_API mil_status mil_metrics_bootstrap(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+                                         int64_t C, const mil_bootstrap_options *options, mil_interval *out);
+
+// The interval of the C-index; strata are the bags with and without an event.
+MIL_API mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, const double *times, const int64_t *events,
+                                        int64_t n, double tolerance, const mil_bootstrap_options *options, mil_interval *out);
+// ==== >>files: safetensors, NPY, crash-safe writing ===============================================================
+//
+// Readers check every rule of a format before they hand out a byte, and refuse with one sentence in mil_error that names
+// the file, the tensor, the value and the rule. Nothing is allocated that the file's own size does not justify; a reader
+// that fails leaves *out NULL. Writers replace a file atomically: after a crash the old file or the new one is there.
+//
+// A tensor's data points into the file's bytes: it may be unaligned, is only to be read, and lives as long as its handle.
+// Values are not checked: a NaN is a legal weight, and a BOOL byte other than 0 is true.
+//
+// Paths are UTF-8. With MIL_NO_STDIO the functions that take a path are gone, those on memory stay.
+// Threads: a handle may be read by several threads at once; opening, writing and freeing use the context, so one at a time.
+
+// Flags for opening, or-ed together.
+typedef enum mil_file_flag {
+    MIL_FILE_MAP       = 0,   // map the file where the system can, else read it
+    MIL_FILE_READ      = 1,   // read it into memory. A mapped file that another process shortens raises SIGBUS when it is
+                              // touched, and one that is overwritten changes under the reader; a read one does neither
+    MIL_FILE_LIST_ONLY = 2    // safetensors: tensors of dtypes not offered here are listed (data NULL) instead of refused
+} mil_file_flag;
+
+#ifndef MIL_NO_STDIO
+// ---- files as bytes ----
+
+// A whole file in memory, mapped or read.
+//   limit   the most bytes accepted, 0: any. A larger file is refused before it is read.
+//   flags   MIL_FILE_MAP or MIL_FILE_READ
+// Errors: MIL_ERROR_IO (missing, a folder, a pipe, unreadable, shrinks while it is read), MIL_ERROR_FORMAT (over the limit),
+// MIL_ERROR_NO_MEMORY. The size is taken once, when the file is opened.
+typedef struct mil_file mil_file;
+MIL_API mil_status  mil_file_open(mil_context *ctx, const char *path, size_t limit, unsigned flags, mil_file **out);
+MIL_API const void *mil_file_data(const mil_file *file);       // NULL for an empty file; no 0 is put after the last byte
+MIL_API size_t      mil_file_size(const mil_file *file);
+MIL_API void        mil_file_free(mil_file *file);             // NULL is fine
+
+// Replaces the file at `path` by `size` bytes of data, or leaves it as it was.
+MIL_API mil_status mil_file_write(mil_context *ctx, const char *path, const void *data, size_t size);
+
+// The same piece by piece. Bytes go to a new file beside the target; mil_writer_commit flushes it to the disk, renames it
+// over the target and flushes the folder. Freed without a commit, or after any failure, the new file is removed and the
+// target is as before. A target that exists must be a regular file; a symbolic link is replaced, not followed.
+// Errors: MIL_ERROR_IO (no space, no permission, ...), MIL_ERROR_NO_MEMORY; later calls repeat the first one's code.
+// If only the last step fails, flushing the folder, the new file is there but may not survive a power cut.
+typedef struct mil_writer mil_writer;
+MIL_API mil_status mil_writer_create(mil_context *ctx, const char *path, mil_writer **out);
+MIL_API mil_status mil_writer_put(mil_writer *writer, const void *data, size_t size);
+MIL_API mil_status mil_writer_commit(mil_writer *writer);      // once; then only mil_writer_free
+MIL_API void       mil_writer_free(mil_writer *writer);        // NULL is fine
+#endif
+
+// ---- safetensors ----
+
+// An open safetensors file. Tensors are numbered 0..count-1 in the order of the header.
+typedef struct mil_tensors mil_tensors;
+
+// Opens a file, or `size` bytes of memory that must stay as they are until mil_tensors_free.
+//   flags   mil_file_flag
+// On a big-endian machine the data are copied and swapped, else they stay where they are.
+// Errors: as mil_file_open; MIL_ERROR_FORMAT (a rule is broken); MIL_ERROR_UNSUPPORTED (a dtype that is not offered here, a
+// rank above MIL_MAX_RANK); MIL_ERROR_ARGUMENT.
+#ifndef MIL_NO_STDIO
+MIL_API mil_status mil_tensors_open(mil_context *ctx, const char *path, unsigned flags, mil_tensors **out);
+#endif
+MIL_API mil_status mil_tensors_open_memory(mil_context *ctx, const void *bytes, size_t size, unsigned flags, mil_tensors **out);
+MIL_API void       mil_tensors_free(mil_tensors *file);        // NULL is fine
+
+// What it holds. NULL (or -1) for an index or name that does not exist. Texts are UTF-8 and live as long as the handle.
+MIL_API int64_t           mil_tensors_count(const mil_tensors *file);
+MIL_API const char       *mil_tensors_name(const mil_tensors *file, int64_t index);
+MIL_API const mil_tensor *mil_tensors_at(const mil_tensors *file, int64_t index);
+MIL_API size_t            mil_tensors_bytes(const mil_tensors *file, int64_t index);     // bytes of data of one tensor
+MIL_API const char       *mil_tensors_dtype(const mil_tensors *file, int64_t index);     // as the file says it, "F8_E4M3" too
+MIL_API int64_t           mil_tensors_find(const mil_tensors *file, const char *name);   // index, by binary search
+MIL_API const mil_tensor *mil_tensors_get(const mil_tensors *file, const char *name);
+
+// Metadata: text by key, in the order of the header.
+MIL_API int64_t     mil_tensors_meta_count(const mil_tensors *file);
+MIL_API const char *mil_tensors_meta_key(const mil_tensors *file, int64_t index);
+MIL_API const char *mil_tensors_meta_value(const mil_tensors *file, int64_t index);
+MIL_API const char *mil_tensors_meta(const mil_tensors *file, const char *key);
+
+// Writes `count` tensors. The same tensors and texts give the same bytes, whatever their order here: tensors are sorted as
+// the reference writer does (larger elements first, then by name), metadata by key. Strided tensors are written packed.
+//   names      [count] UTF-8, unique, not "__metadata__"
+//   meta       [meta_count] pairs with unique keys; "format" = "pt", which some readers want, is added unless it is given
+// The path version replaces the file atomically (see mil_writer_create). The memory version: *size is the room on entry, the
+// need on return; dst NULL only asks; too little room is MIL_ERROR_ARGUMENT and nothing is written.
+typedef struct mil_meta { const char *key, *value; } mil_meta;
+#ifndef MIL_NO_STDIO
+MIL_API mil_status mil_tensors_write(mil_context *ctx, const char *path, const mil_tensor *tensors, const char *const *names,
+                                     int64_t count, const mil_meta *meta, int64_t meta_count);
+#endif
+MIL_API mil_status mil_tensors_write_memory(mil_context *ctx, const mil_tensor *tensors, const char *const *names, int64_t count,
+                                            const mil_meta *meta, int64_t meta_count, void *dst, size_t *size);
+
+// ---- NPY ----
+
+// One array of an NPY file, versions 1.0, 2.0, 3.0. Fortran order is given as strides; big-endian data (on a big-endian
+// machine: little-endian data) are copied and swapped. bfloat16, text, dates, complex, structured and object arrays are
+// refused with a hint (MIL_ERROR_UNSUPPORTED). Opening as for safetensors.
+typedef struct mil_npy mil_npy;
+#ifndef MIL_NO_STDIO
+MIL_API mil_status mil_npy_open(mil_context *ctx, const char *path, unsigned flags, mil_npy **out);
+#endif
+MIL_API mil_status mil_npy_open_memory(mil_context *ctx, const void *bytes, size_t size, unsigned flags, mil_npy **out);
+MIL_API void       mil_npy_free(mil_npy *npy);                 // NULL is fine
+
+MIL_API const mil_tensor *mil_npy_tensor(const mil_npy *npy);
+MIL_API const char       *mil_npy_warning(const mil_npy *npy); // bytes after the array; "" when there are none
+
+// Writes version 1.0, little-endian, C order, data at a multiple of 64: the bytes that NumPy writes. MIL_BF16 is
+// MIL_ERROR_UNSUPPORTED. Path and memory versions as for safetensors.
+#ifndef MIL_NO_STDIO
+MIL_API mil_status mil_npy_write(mil_context *ctx, const char *path, const mil_tensor *t);
+#endif
+MIL_API mil_status mil_npy_write_memory(mil_context *ctx, const mil_tensor *t, void *dst, size_t *size);
+// ==== >>extending: your own ops, models and backends ==============================================================
+
+// ---- ops ---------------------------------------------------------------------------------------------------------
+// What a kernel of an op works on. Kernels are called for a block of rows; a kernel never knows which thread it is on.
+typedef struct mil_exec {
+    mil_context *ctx;
+    const mil_node *node;
+    const void *const *in;       // per input: for a row input the first row of this block, else the whole value
+    void       *out;             // first row of this block (rows kinds), the whole value (whole kinds), or the result (finish)
+    int64_t     row, rows;       // this block is rows [row, row + rows) of all_rows
+    int64_t     all_rows;        // of the bag so far, in a stream
+    void       *state;           // reductions: of this partition
+    void       *second;          // the op's second result (mil_node_second), if it has one
+    void       *prepared;        // what op->prepare wrote
+    void       *scratch;         // op->scratch(node) bytes, aligned to 64, not shared with other blocks
+    const void *kernels;         // private, as is what follows
+    const void *area;
+} mil_exec;
+
+// How a node is computed, and with that how the planner may cut it.
+typedef enum mil_kind {
+    MIL_KIND_LEAF,               // inputs, parameters, constants
+    MIL_KIND_VIEW,               // another shape over the first input's memory
+    MIL_KIND_ROWS,               // row i of the result needs only row i of its row inputs; other inputs are whole
+    MIL_KIND_REDUCE,             // reads rows, keeps a state of fixed size; partitions are merged in a fixed order
+    MIL_KIND_WHOLE               // needs all of its inputs
+} mil_kind;
+
+#define MIL_MAX_INPUTS 8
+#define MIL_MAX_ATTRS 8
+
+struct mil_op {
+    const char *name;
+    void (*run)(const mil_exec *x);                                // ROWS: a block of rows; WHOLE: everything
+    // REDUCE: begin a state; add rows to it; merge a later partition's state into an earlier one's; write the result.
+    size_t (*state_bytes)(const mil_node *n);
+    void (*begin)(const mil_exec *x);
+    void (*step)(const mil_exec *x);
+    void (*merge)(const mil_exec *x, void *into, const void *from);
+    void (*finish)(const mil_exec *x);
+    size_t (*scratch)(const mil_node *n);                          // bytes of scratch per block, NULL: none
+    size_t (*prepare_bytes)(const mil_node *n);                    // ROWS: something made once before the blocks (packed weights); NULL or 0: nothing
+    void (*prepare)(const mil_exec *x);                            // writes it to x->prepared
+    void (*grad)(mil_node *n, mil_node *dy);                       // records gradients through mil_add_grad; NULL: not differentiable
+    unsigned flags;                                                // MIL_OP_*
+};
+enum { MIL_OP_STOPS_GRADIENT = 1 };                                // what stands below gets no gradient through it, on purpose
+
+struct mil_node {                                                  // read-only for users
+    const mil_op *op;
+    mil_tape   *tape;
+    mil_kind    kind;
+    mil_dtype   dtype;
+    int         rank;
+    int64_t     shape[MIL_MAX_RANK];
+    int64_t     count;                                             // elements
+    int64_t     rows, cols;                                        // all axes but the last, the last; REDUCE: rows per `outer` of its input
+    int64_t     outer;                                             // REDUCE: independent reductions; else 1
+    int         input_count;
+    mil_node   *input[MIL_MAX_INPUTS];
+    unsigned    row_inputs;                                        // bit i: input i is cut into rows like the result
+    int64_t     i[MIL_MAX_ATTRS];                                  // the op's own numbers
+    double      r[MIL_MAX_ATTRS];
+    const void *p;                                                 // the op's own pointer (param, names)
+    const char *layer;                                             // where it was recorded
+    void       *data;                                              // value's memory while the tape runs; NULL while only blocks exist
+    mil_node   *second;                                            // a second result of the same kernel, or NULL
+    mil_node   *grad;
+    struct mili_plan_node *plan;                                   // private from here on
+    int64_t     index;
+    unsigned    flags;
+};
+
+// Records a node of an op, yours or the library's. Fill a mil_node_spec from mil_spec(op), set what the op needs.
+typedef struct mil_spec {
+    const mil_op *op;
+    mil_kind   kind;
+    mil_dtype  dtype;
+    int        rank;
+    int64_t    shape[MIL_MAX_RANK];
+    int64_t    outer, rows;                                        // REDUCE only: [outer, rows, ..] of the inputs
+    int        input_count;
+    mil_node  *input[MIL_MAX_INPUTS];
+    unsigned   row_inputs;
+    int64_t    i[MIL_MAX_ATTRS];
+    double     r[MIL_MAX_ATTRS];
+    const void *p;
+} mil_spec;
+MIL_API mil_spec  mil_spec_make(const mil_op *op, mil_kind kind, int rank, const int64_t *shape);
+MIL_API mil_node *mil_record(mil_tape *tape, const mil_spec *spec);                          // NULL after an error
+// A second result written by the same kernel through x->second.
+MIL_API mil_node *mil_node_second(mil_node *n, mil_dtype dtype, int rank, const int64_t *shape);
+MIL_API void mil_add_grad(mil_node *x, mil_node *dx);                                        // in op->grad: adds to x's gradient; same shape
+MIL_API int  mil_wants_grad(const mil_node *x);                                              // whether mil_add_grad would be used
+// Records an error with the op's name in front, returns NULL: `return mil_node_fail(x, "softmax: ...")`.
+MIL_API mil_node *mil_tape_fail(mil_tape *tape, mil_status status, const char *format, ...) MIL_PRINTF(3, 4);
+// In the run of a WHOLE kind: task(arg, i, scratch) for i in 0..count-1 on the context's threads, each with op->scratch(node)
+// bytes of its own. Split by fixed sizes, never by the thread count, so that results do not depend on it.
+MIL_API void mil_exec_parallel(const mil_exec *x, int64_t count, void (*task)(void *arg, int64_t index, void *scratch), void *arg);
+
+// ---- models ------------------------------------------------------------------------------------------------------
+// What a model's forward pass is given.
+typedef struct mil_inputs {
+    mil_tape *tape;
+    mil_node *features;                                            // [B, N, in_dim]
+    mil_node *mask;                                                // [B, N] of 0 and 1, or NULL
+    mil_node *coords;                                              // [B, N, 2] or NULL
+    const mil_bag *bag;
+    const mil_target *target;                                      // NULL: no losses
+    mil_context *ctx;
+} mil_inputs;
+MIL_API mil_node *mil_inputs_find(const mil_inputs *in, const char *name);                   // one of bag->extra, or NULL
+MIL_API void mil_output(mil_outputs *out, const char *name, mil_node *node);                 // an auxiliary output; `name` is kept as a pointer
+
+typedef struct mil_architecture {
+    const char *name;                                              // "abmil"
+    const char *title;                                             // one line
+    const char *citation;
+    const char *prefix;                                            // of the state-dict keys: "model."
+    const mil_option *options; int option_count;
+    size_t      config_size;                                       // of the struct that the options fill
+    const mil_config *configs; int config_count;                   // "base", ...
+    size_t      model_size;                                        // of the struct of layers
+    const char *head;                                              // key prefixes of the classification head, separated by blanks: "classifier"
+    unsigned    flags;                                             // MIL_MODEL_*
+    // Declares the parameters: fills *model (zeroed, model_size bytes) from *config.
+    void (*declare)(mil_builder *b, void *model, const void *config);
+    // Records the forward pass.
+    void (*forward)(const void *model, const void *config, const mil_inputs *in, mil_outputs *out);
+} mil_architecture;
+enum { MIL_MODEL_BATCHES = 1, MIL_MODEL_MASK = 2, MIL_MODEL_COORDS = 4 };                    // takes batches, a mask, needs coordinates
+
+MIL_API int64_t mil_architecture_count(void);                                                // those that come with the library
+MIL_API const mil_architecture *mil_architecture_at(int64_t i);
+MIL_API const mil_architecture *mil_model_architecture(const mil_model *model);
+// Makes a model of your own known to mil_create, mil_open of this context. The struct is not copied.
+MIL_API mil_status mil_register(mil_context *ctx, const mil_architecture *architecture);
+
+// ---- backends ----------------------------------------------------------------------------------------------------
+// A backend runs nodes. The library plans memory and order; the backend owns memory and kernels. Ops that it does not support
+// run on the CPU kernels with copies, which are counted (mil_context_fallbacks).
+struct mil_backend {
+    const char *name;
+    mil_status (*open)(void **self, mil_context *ctx);             // once per context
+    void       (*close)(void *self, mil_context *ctx);
+    void      *(*allocate)(void *self, mil_context *ctx, size_t bytes);                      // NULL: no memory
+    void       (*release)(void *self, mil_context *ctx, void *memory, size_t bytes);
+    mil_status (*upload)(void *self, void *dst, const void *src, size_t bytes);              // from the host
+    mil_status (*download)(void *self, void *dst, const void *src, size_t bytes);            // to the host
+    int        (*supports)(void *self, const mil_node *node);
+    mil_status (*run)(void *self, mil_context *ctx, mil_node *const *nodes, int64_t count);  // in this order; node->data and inputs' data are backend memory
+    mil_status (*synchronize)(void *self);
+    int        host_memory;                                        // 1: its memory is the host's, no copies are needed
+};
+MIL_API int64_t mil_context_fallbacks(const mil_context *ctx);                               // nodes that ran on the CPU instead
+// Runs one node with the library's plain CPU kernels on host memory (node->data, inputs' data). For backends' fallbacks and tests.
+MIL_API void mil_cpu_run(mil_context *ctx, mil_node *node);
+
+#endif // MIL_H
+
+// ==================================================================================================================
+#if (defined(MIL_IMPLEMENTATION) || defined(MIL_STATIC)) && !defined(MIL_IMPLEMENTED)
+#define MIL_IMPLEMENTED
+
+// ==== >>platform: memory, threads, text ===========================================================================
+
+#if (defined(__unix__) || defined(__APPLE__)) && !defined(_WIN32)
+#define MILI_POSIX 1
+#else
+#define MILI_POSIX 0
+#endif
+#if defined(_WIN32)
+#define MILI_WINDOWS 1
+#else
+#define MILI_WINDOWS 0
+#endif
+
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#if defined(MIL_MALLOC) && defined(MIL_REALLOC) && defined(MIL_FREE)
+#elif !defined(MIL_MALLOC) && !defined(MIL_REALLOC) && !defined(MIL_FREE)
+#include <stdlib.h>
+#define MIL_MALLOC(size) malloc(size)
+#define MIL_REALLOC(block, size) realloc(block, size)
+#define MIL_FREE(block) free(block)
+#else
+#error "mil.h: define all of MIL_MALLOC, MIL_REALLOC, MIL_FREE, or none"
+#endif
+
+#ifndef MIL_ASSERT
+#include <assert.h>
+#define MIL_ASSERT(x) assert(x)
+#endif
+
+// The pool needs atomics as well as threads; a compiler without either runs single-threaded.
+#if !defined(MIL_NO_THREADS) && (defined(__GNUC__) || defined(__clang__)) && MILI_POSIX
+#define MILI_THREADS 1
+#include <pthread.h>
+#include <unistd.h>
+#elif !defined(MIL_NO_THREADS) && MILI_WINDOWS
+#define MILI_THREADS 1
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+#else
+#define MILI_THREADS 0
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define MILI_FN static __attribute__((unused))
+#define MILI_INLINE static inline __attribute__((unused))
+#define MILI_RESTRICT __restrict__
+#elif defined(_MSC_VER)
+#define MILI_FN static
+#define MILI_INLINE static __inline
+#define MILI_RESTRICT __restrict
+#else
+#define MILI_FN static
+#define MILI_INLINE static
+#define MILI_RESTRICT
+#endif
+
+// Definitions of public functions: C linkage comes from the declaration, so only MIL_STATIC needs a word here.
+#ifdef MIL_STATIC
+#define MIL_DEF static
+#elif defined(__cplusplus)
+#define MIL_DEF extern "C"
+#else
+#define MIL_DEF
+#endif
+
+#define MILI_MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MILI_MAX(a, b) ((a) > (b) ? (a) : (b))
+#define MILI_COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
+#define MILI_UNUSED(x) ((void)(x))
+
+#if MIL_REAL_IS_FLOAT
+#define MILI_REAL_MAX FLT_MAX
+#define mili_exp expf
+#define mili_log logf
+#define mili_log1p log1pf
+#define mili_sqrt sqrtf
+#define mili_tanh tanhf
+#define mili_erf erff
+#define mili_erfc erfcf
+#define mili_fabs fabsf
+#define mili_pow powf
+#define mili_sin sinf
+#define mili_cos cosf
+#define mili_floor floorf
+#else
+#define MILI_REAL_MAX DBL_MAX
+#define mili_exp exp
+#define mili_log log
+#define mili_log1p log1p
+#define mili_sqrt sqrt
+#define mili_tanh tanh
+#define mili_erf erf
+#define mili_erfc erfc
+#define mili_fabs fabs
+#define mili_pow pow
+#define mili_sin sin
+#define mili_cos cos
+#define mili_floor floor
+#endif
+
+// Infinity and NaN are made and tested as bits, so that -ffast-math cannot fold the tests away.
+MILI_INLINE mil_real mili_from_bits(uint64_t bits64, uint32_t bits32)
+{
+    mil_real x;
+#if MIL_REAL_IS_FLOAT
+    memcpy(&x, &bits32, sizeof x);
+    MILI_UNUSED(bits64);
+#else
+    memcpy(&x, &bits64, sizeof x);
+    MILI_UNUSED(bits32);
+#endif
+    return x;
+}
+#define MILI_INF mili_from_bits(0x7ff0000000000000u, 0x7f800000u)
+#define MILI_NAN mili_from_bits(0x7ff8000000000000u, 0x7fc00000u)
+
+MILI_INLINE int mili_is_finite_f64(double x)
+{
+    uint64_t u;
+    memcpy(&u, &x, sizeof u);
+    return (u & 0x7ff0000000000000u) != 0x7ff0000000000000u;
+}
+
+MILI_INLINE int mili_is_nan_f64(double x)
+{
+    uint64_t u;
+    memcpy(&u, &x, sizeof u);
+    return (u & 0x7fffffffffffffffu) > 0x7ff0000000000000u;
+}
+
+MILI_INLINE int mili_is_finite(mil_real x)
+{
+#if MIL_REAL_IS_FLOAT
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return (u & 0x7f800000u) != 0x7f800000u;
+#else
+    return mili_is_finite_f64(x);
+#endif
+}
+
+
+// ---- overflow-checked sizes ----
+MILI_INLINE int mili_mul_size(size_t a, size_t b, size_t *out)
+{
+    *out = a * b;
+    return a == 0 || *out / a == b;
+}
+
+MILI_INLINE int mili_add_size(size_t a, size_t b, size_t *out)
+{
+    *out = a + b;
+    return *out >= a;
+}
+
+// Elements of a shape; -1 when an axis is negative or the product (zeros aside) does not fit.
+MILI_FN int64_t mili_shape_count(int rank, const int64_t *shape)
+{
+    int64_t count = 1, zero = 0;
+    for (int a = 0; a < rank; a++) {
+        if (shape[a] < 0) return -1;
+        if (shape[a] == 0) { zero = 1; continue; }
+        if (count > INT64_MAX / 16 / shape[a]) return -1;
+        count *= shape[a];
+    }
+    if ((uint64_t)count > (uint64_t)SIZE_MAX / 16) return -1;
+    return zero ? 0 : count;
+}
+
+// ---- the context ----
+struct mili_kernels;
+typedef struct mili_pool mili_pool;
+typedef struct mili_block_heap mili_block_heap;
+#define MILI_ERROR_SIZE 1024
+#define MILI_MAX_SLOTS 64                                  // blocks in flight at once, so also the most threads
+
+struct mil_context {
+    mil_allocator  allocator;
+    size_t         bytes, peak;
+    mil_status     status;
+    char           error[MILI_ERROR_SIZE];
+    const struct mili_kernels *kernels;
+    int            threads;
+    mil_parallel   parallel;
+    mili_pool     *pool;
+    const mil_backend *backend;
+    void          *backend_self;
+    int64_t        fallbacks;
+    const mil_architecture **registered;                   // models of the caller's own
+    int64_t        registered_count;
+};
+
+MILI_FN mil_status mili_fail_list(mil_context *ctx, mil_status status, const char *format, va_list args)
+{
+    if (ctx->status == MIL_OK) {
+        ctx->status = status;
+        vsnprintf(ctx->error, sizeof ctx->error, format, args);
+    }
+    return status;
+}
+
+MIL_PRINTF(3, 4) MILI_FN mil_status mili_fail(mil_context *ctx, mil_status status, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    mili_fail_list(ctx, status, format, args);
+    va_end(args);
+    return status;
+}
+
+// Every public call that can fail starts with this, so that mil_error speaks of the last call.
+MILI_INLINE void mili_enter(mil_context *ctx)
+{
+    ctx->status = MIL_OK;
+    ctx->error[0] = 0;
+}
+
+MIL_DEF const char *mil_version(void) { return MIL_VERSION; }
+MIL_DEF const char *mil_error(const mil_context *ctx) { return ctx ? ctx->error : "no context"; }
+MIL_DEF mil_status mil_error_status(const mil_context *ctx) { return ctx ? ctx->status : MIL_ERROR_ARGUMENT; }
+MIL_DEF void mil_error_clear(mil_context *ctx) { if (ctx) mili_enter(ctx); }
+MIL_DEF size_t mil_context_bytes(const mil_context *ctx) { return ctx ? ctx->bytes : 0; }
+MIL_DEF size_t mil_context_peak_bytes(const mil_context *ctx) { return ctx ? ctx->peak : 0; }
+MIL_DEF int mil_context_threads(const mil_context *ctx) { return ctx ? ctx->threads : 0; }
+MIL_DEF int64_t mil_context_fallbacks(const mil_context *ctx) { return ctx ? ctx->fallbacks : 0; }
+
+MIL_DEF const char *mil_status_name(mil_status status)
+{
+#define MILI_STATUS_NAME(name, text) #name,
+    static const char *const names[] = { MIL_STATUS_LIST(MILI_STATUS_NAME) };
+#undef MILI_STATUS_NAME
+    return (int)status >= 0 && (int)status < MILI_COUNT(names) ? names[status] : "?";
+}
+
+MIL_DEF const char *mil_status_text(mil_status status)
+{
+#define MILI_STATUS_TEXT(name, text) text,
+    static const char *const texts[] = { MIL_STATUS_LIST(MILI_STATUS_TEXT) };
+#undef MILI_STATUS_TEXT
+    return (int)status >= 0 && (int)status < MILI_COUNT(texts) ? texts[status] : "?";
+}
+
+MIL_DEF size_t mil_dtype_size(mil_dtype dtype)
+{
+#define MILI_DTYPE_SIZE(name, bytes, text) bytes,
+    static const unsigned char sizes[] = { MIL_DTYPE_LIST(MILI_DTYPE_SIZE) };
+#undef MILI_DTYPE_SIZE
+    return (int)dtype >= 0 && (int)dtype < MILI_COUNT(sizes) ? sizes[dtype] : 0;
+}
+
+MIL_DEF const char *mil_dtype_name(mil_dtype dtype)
+{
+#define MILI_DTYPE_NAME(name, bytes, text) text,
+    static const char *const names[] = { MIL_DTYPE_LIST(MILI_DTYPE_NAME) };
+#undef MILI_DTYPE_NAME
+    return (int)dtype >= 0 && (int)dtype < MILI_COUNT(names) ? names[dtype] : "?";
+}
+
+MIL_DEF mil_tensor mil_tensor_make(const void *data, mil_dtype dtype, int rank, const int64_t *shape)
+{
+    mil_tensor t;
+    memset(&t, 0, sizeof t);
+    memcpy(&t.data, &data, sizeof data);                   // the view's member is not const; inputs are only read
+    t.dtype = dtype;
+    t.rank = rank;
+    for (int a = 0; a < rank && a < MIL_MAX_RANK; a++) t.shape[a] = shape[a];
+    return t;
+}
+
+MIL_DEF mil_tensor mil_tensor_matrix(const void *data, mil_dtype dtype, int64_t rows, int64_t cols)
+{
+    int64_t shape[2];
+    shape[0] = rows;
+    shape[1] = cols;
+    return mil_tensor_make(data, dtype, 2, shape);
+}
+
+MIL_DEF int64_t mil_tensor_count(const mil_tensor *t)
+{
+    if (!t || t->rank < 0 || t->rank > MIL_MAX_RANK || mil_dtype_size(t->dtype) == 0) return -1;
+    return mili_shape_count(t->rank, t->shape);
+}
+
+// ---- allocation ----
+// Blocks handed out are aligned to 64 (a cache line and the widest vector); the distance to what the allocator gave
+// stands in the byte before. Sizes are passed back on free, so no header keeps them.
+
+MILI_FN void *mili_default_reallocate(void *user, void *block, size_t old_size, size_t new_size)
+{
+    MILI_UNUSED(user);
+    MILI_UNUSED(old_size);
+    if (new_size == 0) { MIL_FREE(block); return NULL; }
+    return block ? MIL_REALLOC(block, new_size) : MIL_MALLOC(new_size);
+}
+
+// A heap inside the caller's fixed block: a list of free pieces by address, first fit, neighbours merged on free.
+typedef struct mili_free_piece { size_t size; struct mili_free_piece *next; } mili_free_piece;
+struct mili_block_heap { mili_free_piece *free; };
+#define MILI_PIECE 64
+
+MILI_FN void *mili_block_reallocate(void *user, void *block, size_t old_size, size_t new_size)
+{
+    mili_block_heap *heap = (mili_block_heap *)user;
+    MIL_ASSERT(block == NULL || new_size == 0);
+    if (new_size == 0) {
+        if (!block) return NULL;
+        mili_free_piece *piece = (mili_free_piece *)block, *prev = NULL, *next = heap->free;
+        piece->size = (old_size + MILI_PIECE - 1) / MILI_PIECE * MILI_PIECE;
+        while (next && next < piece) { prev = next; next = next->next; }
+        piece->next = next;
+        if (next && (char *)piece + piece->size == (char *)next) { piece->size += next->size; piece->next = next->next; }
+        if (!prev) heap->free = piece;
+        else if ((char *)prev + prev->size == (char *)piece) { prev->size += piece->size; prev->next = piece->next; }
+        else prev->next = piece;
+        return NULL;
+    }
+    if (new_size > SIZE_MAX - MILI_PIECE) return NULL;
+    const size_t size = (new_size + MILI_PIECE - 1) / MILI_PIECE * MILI_PIECE;
+    for (mili_free_piece **at = &heap->free; *at; at = &(*at)->next) {
+        mili_free_piece *piece = *at;
+        if (piece->size < size) continue;
+        if (piece->size == size) *at = piece->next;
+        else {
+            mili_free_piece *rest = (mili_free_piece *)(void *)((char *)piece + size);
+            rest->size = piece->size - size;
+            rest->next = piece->next;
+            *at = rest;
+        }
+        return piece;
+    }
+    return NULL;
+}
+
+#define MILI_ALIGN 64
+
+MILI_FN void *mili_allocate_with(const mil_allocator *allocator, size_t bytes)
+{
+    size_t total;
+    if (!mili_add_size(bytes, MILI_ALIGN, &total)) return NULL;
+    char *raw = (char *)allocator->reallocate(allocator->user, NULL, 0, total);
+    if (!raw) return NULL;
+    const size_t gap = MILI_ALIGN - (size_t)((uintptr_t)raw % MILI_ALIGN);       // 1..64
+    raw[gap - 1] = (char)gap;
+    return raw + gap;
+}
+
+MILI_FN void mili_release_with(const mil_allocator *allocator, void *p, size_t bytes)
+{
+    char *at = (char *)p;
+    allocator->reallocate(allocator->user, at - (unsigned char)at[-1], bytes + MILI_ALIGN, 0);
+}
+
+MILI_FN void *mili_alloc(mil_context *ctx, size_t bytes)
+{
+    if (bytes == 0) return NULL;
+    void *p = mili_allocate_with(&ctx->allocator, bytes);
+    if (!p) {
+        mili_fail(ctx, MIL_ERROR_NO_MEMORY, "no memory for %llu bytes", (unsigned long long)bytes);
+        return NULL;
+    }
+    ctx->bytes += bytes;
+    if (ctx->bytes > ctx->peak) ctx->peak = ctx->bytes;
+    return p;
+}
+
+MILI_FN void mili_free(mil_context *ctx, void *p, size_t bytes)
+{
+    if (!p) return;
+    ctx->bytes -= bytes;
+    mili_release_with(&ctx->allocator, p, bytes);
+}
+
+MILI_FN void *mili_alloc_zero(mil_context *ctx, size_t bytes)
+{
+    void *p = mili_alloc(ctx, bytes);
+    if (p) memset(p, 0, bytes);
+    return p;
+}
+
+// On failure p is as before.
+MILI_FN void *mili_realloc(mil_context *ctx, void *p, size_t old_bytes, size_t new_bytes)
+{
+    void *q = mili_alloc(ctx, new_bytes);
+    if (!q) return NULL;
+    if (p) memcpy(q, p, MILI_MIN(old_bytes, new_bytes));
+    mili_free(ctx, p, old_bytes);
+    return q;
+}
+
+// A growing array of `size`-byte elements: room for `need`. 0 after an allocation failure, the array is then as before.
+MILI_FN int mili_reserve(mil_context *ctx, void **array, int64_t *capacity, int64_t need, size_t size)
+{
+    if (need <= *capacity) return 1;
+    int64_t wanted = MILI_MAX(need, *capacity * 2);
+    wanted = MILI_MAX(wanted, 16);
+    size_t bytes;
+    if (!mili_mul_size((size_t)wanted, size, &bytes)) {
+        mili_fail(ctx, MIL_ERROR_NO_MEMORY, "no memory for %lld elements", (long long)wanted);
+        return 0;
+    }
+    void *grown = mili_realloc(ctx, *array, (size_t)*capacity * size, bytes);
+    if (!grown) return 0;
+    *array = grown;
+    *capacity = wanted;
+    return 1;
+}
+
+// Memory that is given back all at once: chunks of growing size, kept over a reset.
+typedef struct mili_chunk { struct mili_chunk *next; size_t size, used; } mili_chunk;
+typedef struct mili_arena { mili_chunk *first, *current; } mili_arena;
+#define MILI_CHUNK_HEAD 64
+
+MILI_FN void *mili_arena_alloc(mil_context *ctx, mili_arena *arena, size_t bytes)
+{
+    bytes = (bytes + 15) / 16 * 16;
+    for (mili_chunk *c = arena->current; c; c = c->next) {
+        arena->current = c;
+        if (c->size - c->used >= bytes) {
+            void *p = (char *)c + MILI_CHUNK_HEAD + c->used;
+            c->used += bytes;
+            return memset(p, 0, bytes);
+        }
+    }
+    const size_t size = MILI_MAX(bytes, arena->current ? arena->current->size * 2 : 16384);
+    mili_chunk *c = (mili_chunk *)mili_alloc(ctx, MILI_CHUNK_HEAD + size);
+    if (!c) return NULL;
+    c->next = NULL;
+    c->size = size;
+    c->used = bytes;
+    if (arena->current) arena->current->next = c; else arena->first = c;
+    arena->current = c;
+    return memset((char *)c + MILI_CHUNK_HEAD, 0, bytes);
+}
+
+MILI_FN void mili_arena_reset(mili_arena *arena)
+{
+    for (mili_chunk *c = arena->first; c; c = c->next) c->used = 0;
+    arena->current = arena->first;
+}
+
+MILI_FN void mili_arena_free(mil_context *ctx, mili_arena *arena)
+{
+    for (mili_chunk *c = arena->first, *next; c; c = next) {
+        next = c->next;
+        mili_free(ctx, c, MILI_CHUNK_HEAD + c->size);
+    }
+    arena->first = arena->current = NULL;
+}
+
+MILI_FN char *mili_arena_text(mil_context *ctx, mili_arena *arena, const char *text)
+{
+    const size_t n = strlen(text) + 1;
+    char *copy = (char *)mili_arena_alloc(ctx, arena, n);
+    if (copy) memcpy(copy, text, n);
+    return copy;
+}
+
+// ---- threads ----
+// A pool runs one job at a time: task(arg, i) for i in 0..count-1, indices taken from a shared counter. The caller works too.
+
+#if MILI_THREADS
+#if MILI_WINDOWS
+typedef CRITICAL_SECTION mili_mutex;
+typedef CONDITION_VARIABLE mili_cond;
+typedef HANDLE mili_thread;
+#define MILI_LOCK(m) EnterCriticalSection(m)
+#define MILI_UNLOCK(m) LeaveCriticalSection(m)
+#define MILI_WAIT(c, m) SleepConditionVariableCS(c, m, INFINITE)
+#define MILI_WAKE_ALL(c) WakeAllConditionVariable(c)
+#define MILI_THREAD_FN(name) static DWORD WINAPI name(LPVOID argument)
+#define MILI_THREAD_RETURN return 0
+#else
+typedef pthread_mutex_t mili_mutex;
+typedef pthread_cond_t mili_cond;
+typedef pthread_t mili_thread;
+#define MILI_LOCK(m) pthread_mutex_lock(m)
+#define MILI_UNLOCK(m) pthread_mutex_unlock(m)
+#define MILI_WAIT(c, m) pthread_cond_wait(c, m)
+#define MILI_WAKE_ALL(c) pthread_cond_broadcast(c)
+#define MILI_THREAD_FN(name) static void *name(void *argument)
+#define MILI_THREAD_RETURN return NULL
+#endif
+
+struct mili_pool {
+    mili_mutex mutex;
+    mili_cond  wake, idle;
+    int        workers, stop;
+    int64_t    job;                                        // counts jobs, so that a worker sees a new one
+    int        busy;                                       // workers inside the job
+    int64_t    next, count;                                // guarded by the mutex: tasks are large, so a lock per task is cheap
+    void     (*task)(void *arg, int64_t index);
+    void      *arg;
+    mili_thread thread[MILI_MAX_SLOTS];
+};
+
+// Takes and runs tasks until none is left. Called and left with the mutex held.
+MILI_FN void mili_pool_work(mili_pool *pool)
+{
+    while (pool->next < pool->count) {
+        const int64_t index = pool->next++;
+        MILI_UNLOCK(&pool->mutex);
+        pool->task(pool->arg, index);
+        MILI_LOCK(&pool->mutex);
+    }
+}
+
+MILI_THREAD_FN(mili_pool_main)
+{
+    mili_pool *pool = (mili_pool *)argument;
+    int64_t seen = 0;
+    MILI_LOCK(&pool->mutex);
+    for (;;) {
+        while (!pool->stop && pool->job == seen) MILI_WAIT(&pool->wake, &pool->mutex);
+        if (pool->stop) break;
+        seen = pool->job;
+        pool->busy++;
+        mili_pool_work(pool);
+        if (--pool->busy == 0) MILI_WAKE_ALL(&pool->idle);
+    }
+    MILI_UNLOCK(&pool->mutex);
+    MILI_THREAD_RETURN;
+}
+
+MILI_FN void mili_pool_run(mili_pool *pool, int64_t count, void (*task)(void *arg, int64_t index), void *arg)
+{
+    MILI_LOCK(&pool->mutex);
+    pool->next = 0;
+    pool->count = count;
+    pool->task = task;
+    pool->arg = arg;
+    pool->job++;
+    MILI_WAKE_ALL(&pool->wake);
+    mili_pool_work(pool);
+    while (pool->busy) MILI_WAIT(&pool->idle, &pool->mutex);
+    MILI_UNLOCK(&pool->mutex);
+}
+
+MILI_FN void mili_pool_free(mil_context *ctx, mili_pool *pool)
+{
+    if (!pool) return;
+    MILI_LOCK(&pool->mutex);
+    pool->stop = 1;
+    MILI_WAKE_ALL(&pool->wake);
+    MILI_UNLOCK(&pool->mutex);
+    for (int i = 0; i < pool->workers; i++) {
+#if MILI_WINDOWS
+        WaitForSingleObject(pool->thread[i], INFINITE);
+        CloseHandle(pool->thread[i]);
+#else
+        pthread_join(pool->thread[i], NULL);
+#endif
+    }
+#if MILI_WINDOWS
+    DeleteCriticalSection(&pool->mutex);
+#else
+    pthread_mutex_destroy(&pool->mutex);
+    pthread_cond_destroy(&pool->wake);
+    pthread_cond_destroy(&pool->idle);
+#endif
+    mili_free(ctx, pool, sizeof *pool);
+}
+
+// NULL when no memory; fewer workers than asked for when the system gives no more threads.
+MILI_FN mili_pool *mili_pool_create(mil_context *ctx, int workers)
+{
+    mili_pool *pool = (mili_pool *)mili_alloc_zero(ctx, sizeof *pool);
+    if (!pool) return NULL;
+#if MILI_WINDOWS
+    InitializeCriticalSection(&pool->mutex);
+    InitializeConditionVariable(&pool->wake);
+    InitializeConditionVariable(&pool->idle);
+#else
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    pthread_cond_init(&pool->idle, NULL);
+#endif
+    for (int i = 0; i < workers; i++) {
+#if MILI_WINDOWS
+        pool->thread[i] = CreateThread(NULL, 0, mili_pool_main, pool, 0, NULL);
+        if (!pool->thread[i]) break;
+#else
+        if (pthread_create(&pool->thread[i], NULL, mili_pool_main, pool) != 0) break;
+#endif
+        pool->workers = i + 1;
+    }
+    return pool;
+}
+
+MILI_FN int mili_cpu_count(void)
+{
+#if MILI_WINDOWS
+    SYSTEM_INFO info;
+    GetSystemInfo(&info);
+    return (int)info.dwNumberOfProcessors;
+#else
+    const long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n > 0 ? (int)MILI_MIN(n, 1024) : 1;
+#endif
+}
+#endif // MILI_THREADS
+
+MILI_FN void mili_parallel(mil_context *ctx, int64_t count, void (*task)(void *arg, int64_t index), void *arg)
+{
+    if (count > 1 && ctx->parallel.run) { ctx->parallel.run(ctx->parallel.user, count, task, arg); return; }
+#if MILI_THREADS
+    if (count > 1 && ctx->pool) { mili_pool_run(ctx->pool, count, task, arg); return; }
+#endif
+    for (int64_t i = 0; i < count; i++) task(arg, i);
+}
+
+// A set of `count` slots (scratch blocks). Tasks take a free one and give it back; which one does not change results.
+typedef struct mili_slots { volatile long taken[MILI_MAX_SLOTS]; int count; } mili_slots;
+
+MILI_FN int mili_slot_take(mili_slots *slots)
+{
+    for (;;) {
+        for (int i = 0; i < slots->count; i++) {
+#if defined(__GNUC__) || defined(__clang__)
+            if (!__atomic_exchange_n(&slots->taken[i], 1, __ATOMIC_ACQUIRE)) return i;
+#elif MILI_WINDOWS
+            if (!InterlockedExchange(&slots->taken[i], 1)) return i;
+#else
+            if (!slots->taken[i]) { slots->taken[i] = 1; return i; }
+#endif
+        }
+    }
+}
+
+MILI_FN void mili_slot_give(mili_slots *slots, int slot)
+{
+#if defined(__GNUC__) || defined(__clang__)
+    __atomic_store_n(&slots->taken[slot], 0, __ATOMIC_RELEASE);
+#elif MILI_WINDOWS
+    InterlockedExchange(&slots->taken[slot], 0);
+#else
+    slots->taken[slot] = 0;
+#endif
+}
+
+// ---- text ----
+// Edit distance for "did you mean", on short names only.
+MILI_FN int mili_distance(const char *a, const char *b)
+{
+    int row[65];
+    const int n = (int)MILI_MIN(strlen(b), 64);
+    for (int j = 0; j <= n; j++) row[j] = j;
+    for (int i = 0; a[i] && i < 64; i++) {
+        int diagonal = row[0];
+        row[0] = i + 1;
+        for (int j = 0; j < n; j++) {
+            const int up = row[j + 1], cost = diagonal + (a[i] != b[j]);
+            diagonal = up;
+            row[j + 1] = MILI_MIN(MILI_MIN(up, row[j]) + 1, cost);
+        }
+    }
+    return row[n];
+}
+
+MILI_FN uint64_t mili_hash_text(const char *text)          // FNV-1a
+{
+    uint64_t h = 0xcbf29ce484222325u;
+    for (; *text; text++) h = (h ^ (unsigned char)*text) * 0x100000001b3u;
+    return h;
+}
+
+// Counter-based random bits: a mix of seed, stream and counter, so that any element can be drawn alone, in any order.
+// Mixing steps: splitmix64 (Steele, Lea, Flood 2014), applied twice.
+MILI_INLINE uint64_t mili_mix(uint64_t z)
+{
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+MILI_INLINE uint64_t mili_random_bits(uint64_t seed, uint64_t stream, uint64_t counter)
+{
+    return mili_mix(mili_mix(seed + 0x9e3779b97f4a7c15u * (stream + 1)) + 0x9e3779b97f4a7c15u * (counter + 1));
+}
+
+MILI_INLINE double mili_random_unit(uint64_t seed, uint64_t stream, uint64_t counter)        // in [0, 1)
+{
+    return (double)(mili_random_bits(seed, stream, counter) >> 11) * (1.0 / 9007199254740992.0);
+}
+
+MILI_INLINE double mili_random_gauss(uint64_t seed, uint64_t stream, uint64_t counter)       // Box and Muller
+{
+    const double u = ((double)(mili_random_bits(seed, stream, 2 * counter) >> 11) + 0.5) * (1.0 / 9007199254740992.0);
+    const double v = mili_random_unit(seed, stream, 2 * counter + 1);
+    return sqrt(-2 * log(u)) * cos(6.283185307179586476925 * v);
+}
+// ==== >>kernels: GEMM, vector maths, reductions, conversions =====================================================
+//
+// Single-threaded functions on plain memory, written once per CPU tier and reached through a const table that the
+// context picks at run time. Threads split rows (or panels); splitting never changes a result, because
+//   - an element of C depends on its row of A, its column of B, n and k: not on m, not on where its row stands in the
+//     call, not on whether B was packed beforehand;
+//   - y[i] = f(x[i]) depends on x[i] only: the last few elements go through the same vector arithmetic as the others;
+//   - sums have a fixed order that depends on n only, never on an address.
+// Nothing is read or written outside the arrays given; nothing needs alignment (64 bytes are a little faster). The last
+// bits may differ from one tier to another.
+//
+//   const mili_kernels *mili_kernels_choose(mil_cpu wanted)           NULL: this CPU or this build lacks that tier
+//
+//   int64_t mili_gemm_panels(K, n)                                    units in which packing B can be split
+//   int64_t mili_gemm_packed_count(K, n, k)                           reals of a packed B [k, n]
+//   void    mili_gemm_pack(K, dst, b, b_row, b_col, n, k)
+//   void    mili_gemm_pack_panels(K, dst, b, b_row, b_col, n, k, first, end)      panels [first, end) of the same dst
+//   int64_t mili_gemm_scratch(K, n, k)                                reals of mili_gemm.scratch, at most MILI_GEMM_BLOCK
+//   void    mili_gemm_run(K, &gemm)
+//
+//   K->exp, tanh, sigmoid, erf, gelu, gelu_grad, silu, silu_grad, relu (y, x, n)          y[i] = f(x[i]); y may be x
+//   K->gate(y, a, b, n)                                               y = tanh(a) * sigmoid(b); y may be a or b
+//   K->add, sub, mul, div (y, a, b, n)                                y = a op b; y may be a or b
+//   K->axpy(y, a, x, n)                                               y += a x
+//   K->scale(y, x, a, b, n)                                           y = a x + b; y may be x
+//   K->sum(x, n), dot(x, y, n), max(x, n), min(x, n)                  n = 0: 0, 0, -inf, +inf. A NaN gives NaN.
+//   K->exp_sum(y, x, n, shift)                                        y = exp(x - shift), returns sum(y); y may be x
+//   mili_softmax_row(K, y, x, n)                                      all -inf gives zeros; y may be x
+//
+//   mili_convert(K, dst, src, dtype, n)                               any dtype to mil_real; src may be unaligned
+//   mili_convert_back(dst, dtype, src, n)                             to F32, F64, F16, BF16, ties to even; 0: another dtype
+
+#include <float.h>
+
+#if !defined(MILI_REAL_IS_DOUBLE)
+#define MILI_REAL_IS_float 0
+#define MILI_REAL_IS_double 1
+#define MILI_REAL_IS2(type) MILI_REAL_IS_##type
+#define MILI_REAL_IS1(type) MILI_REAL_IS2(type)
+#define MILI_REAL_IS_DOUBLE MILI_REAL_IS1(MIL_REAL)
+#endif
+
+// Which SIMD tiers are compiled: float builds by gcc or clang. (gcc for Windows does not align the stack for wide vectors.)
+#if !defined(MIL_NO_SIMD) && !MILI_REAL_IS_DOUBLE && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__) && !(defined(_WIN32) && !defined(__clang__))
+#define MILI_TIERS_X86 1
+#include <immintrin.h>
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
+#define MILI_TIERS_ARM 1
+#include <arm_neon.h>
+#endif
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define MILI_LANES static inline __attribute__((always_inline, unused))  // arithmetic on one vector, never a call
+#else
+#define MILI_LANES static
+#endif
+
+#define MILI_KC 256                    // products summed up in registers before C is touched: A tile and B panel stay in cache
+#define MILI_KC_STEP (MILI_KC + 16)    // row step of an A tile; 1024 bytes would crowd the rows into few cache sets
+#define MILI_MR_MAX 12                 // rows of a tile of C, at most
+#define MILI_NR_MAX 32                 // its columns, at most
+#define MILI_THIN 8                    // up to this n: dot products instead of tiles
+#define MILI_GEMM_BLOCK 65536          // reals of B in use at a time: they stay in the L2 cache
+
+// C tile [rows, nr] = start + A B, or C += A B with `add`. A: element (r, p) stands at a[r * MILI_KC_STEP + p], or, by
+// column, at a[p * mr + r]. B: nr reals per p, b_step apart. start [nr]: what the accumulators of each row begin with.
+typedef void mili_tile_fn(int64_t rows, int by_column, int64_t k, const mil_real *a, const mil_real *b, int64_t b_step,
+                          const mil_real *start, mil_real *c, int64_t c_row, int add);
+
+// out[r] = a_r . b for four rows a_r = a + r * a_row, all [k]; k is a multiple of `lanes`.
+typedef void mili_dot4_fn(mil_real *out, const mil_real *a, int64_t a_row, const mil_real *b, int64_t k);
+
+typedef void mili_map_fn(mil_real *y, const mil_real *x, int64_t n);
+typedef void mili_zip_fn(mil_real *y, const mil_real *a, const mil_real *b, int64_t n);
+typedef mil_real mili_fold_fn(const mil_real *x, int64_t n);
+
+typedef struct mili_kernels {
+    mil_cpu tier;
+    const char *name;
+    int lanes;                                                           // reals of a vector
+    int mr, nr;                                                          // rows and columns of a tile of C
+    mili_tile_fn *tile;
+    mili_dot4_fn *dot4;
+    mili_map_fn *exp, *tanh, *sigmoid, *erf, *gelu, *gelu_grad, *silu, *silu_grad, *relu;
+    mili_zip_fn *gate, *add, *sub, *mul, *div;
+    void (*axpy)(mil_real *y, mil_real a, const mil_real *x, int64_t n);
+    void (*scale)(mil_real *y, const mil_real *x, mil_real a, mil_real b, int64_t n);
+    mili_fold_fn *sum, *max, *min;
+    mil_real (*dot)(const mil_real *x, const mil_real *y, int64_t n);
+    mil_real (*exp_sum)(mil_real *y, const mil_real *x, int64_t n, mil_real shift);
+    void (*from_f16)(mil_real *dst, const void *src, int64_t n);
+    void (*from_bf16)(mil_real *dst, const void *src, int64_t n);
+} mili_kernels;
+
+// NaN and infinities are told by their bits: -ffast-math lets a compiler drop comparisons of floats with them.
+MILI_LANES uint64_t mili_bits(double x) { uint64_t u; memcpy(&u, &x, sizeof u); return u; }
+MILI_LANES int mili_is_nan(mil_real x) { return (mili_bits((double)x) << 1) > (0x7ffull << 53); }
+MILI_LANES int mili_is_low(mil_real x) { return mili_bits((double)x) == (0xfffull << 52); }            // -inf
+MILI_LANES mil_real mili_infinity(int negative)
+{
+    const uint64_t u = (negative ? 0xfffull : 0x7ffull) << 52;
+    double x;
+    memcpy(&x, &u, sizeof x);
+    return (mil_real)x;
+}
+
+// ---- the body of each kernel, for any vector type T_v ----------------------------------------------------------------
+// A tier brings a vector type T_v of T_lanes reals and T_load, store, load_part, store_part (the first n lanes; the others
+// read as 0), set, add, sub, mul, div, fma (a b + c), min, max, sum (of lanes). The vector maths also needs T_round (to
+// nearest even), scale2 (x 2^n, n a whole number), pow2 (2^n, n in -126..127), abs, copysign, negative (x below 0 ? a : b),
+// less (x < y ? a : b), keep_nan (x is NaN ? x : y).
+
+// Rows of a tile: M(T, r) for r = 0, 1, ... Each accumulator is a named variable: an array of vectors may stay in memory.
+#define MILI_ROWS_1(M, T) M(T, 0)
+#define MILI_ROWS_2(M, T) MILI_ROWS_1(M, T) M(T, 1)
+#define MILI_ROWS_4(M, T) MILI_ROWS_2(M, T) M(T, 2) M(T, 3)
+#define MILI_ROWS_6(M, T) MILI_ROWS_4(M, T) M(T, 4) M(T, 5)
+#define MILI_ROWS_8(M, T) MILI_ROWS_6(M, T) M(T, 6) M(T, 7)
+#define MILI_ROWS_12(M, T) MILI_ROWS_8(M, T) M(T, 8) M(T, 9) M(T, 10) M(T, 11)
+
+#define MILI_ROW_START(T, r) T##_v c##r##_0 = s0, c##r##_1 = s1;
+#define MILI_ROW_FMA(T, r) \
+    x = T##_set(a[r * a_row]); \
+    c##r##_0 = T##_fma(x, b0, c##r##_0); \
+    c##r##_1 = T##_fma(x, b1, c##r##_1);
+#define MILI_ROW_STORE(T, r) \
+    T##_store(c + r * c_row, c##r##_0); \
+    T##_store(c + r * c_row + T##_lanes, c##r##_1);
+#define MILI_ROW_ADD(T, r) \
+    T##_store(c + r * c_row, T##_add(T##_load(c + r * c_row), c##r##_0)); \
+    T##_store(c + r * c_row + T##_lanes, T##_add(T##_load(c + r * c_row + T##_lanes), c##r##_1));
+
+// R rows by two vectors. Per product: two loads of B, R broadcasts of A, 2 R fused multiply-adds. a_row and a_step are
+// constants at each call, so that the rows of A are reached by one pointer and fixed offsets.
+#define MILI_DEFINE_TILE(T, TARGET, R) \
+    MILI_LANES TARGET void T##_tile_##R(const int64_t a_row, const int64_t a_step, int64_t k, const mil_real *a, \
+                                        const mil_real *b, int64_t b_step, const mil_real *start, mil_real *c, \
+                                        int64_t c_row, int add) \
+    { \
+        const T##_v s0 = T##_load(start), s1 = T##_load(start + T##_lanes); \
+        MILI_ROWS_##R(MILI_ROW_START, T) \
+        for (; k > 0; k--, a += a_step, b += b_step) { \
+            const T##_v b0 = T##_load(b), b1 = T##_load(b + T##_lanes); \
+            T##_v x; \
+            MILI_ROWS_##R(MILI_ROW_FMA, T) \
+        } \
+        if (add) { MILI_ROWS_##R(MILI_ROW_ADD, T) } \
+        else { MILI_ROWS_##R(MILI_ROW_STORE, T) } \
+    }
+
+// As many tiles of R rows as fit; the next smaller R takes the rest.
+#define MILI_TILES(T, R) \
+    for (; rows >= R; rows -= R, c += R * c_row) { \
+        if (by_column) { \
+            T##_tile_##R(1, T##_mr, k, a, b, b_step, start, c, c_row, add); \
+            a += R; \
+        } else { \
+            T##_tile_##R(MILI_KC_STEP, 1, k, a, b, b_step, start, c, c_row, add); \
+            a += R * MILI_KC_STEP; \
+        } \
+    }
+
+#define MILI_DEFINE_TILES(T, TARGET, EACH_R) \
+    static TARGET void T##_tile(int64_t rows, int by_column, int64_t k, const mil_real *a, const mil_real *b, \
+                                int64_t b_step, const mil_real *start, mil_real *c, int64_t c_row, int add) \
+    { \
+        EACH_R(T) \
+    }
+
+#define MILI_DEFINE_DOT4(T, TARGET) \
+    static TARGET void T##_dot4(mil_real *out, const mil_real *a, int64_t a_row, const mil_real *b, int64_t k) \
+    { \
+        T##_v s0 = T##_set(0), s1 = s0, s2 = s0, s3 = s0; \
+        for (int64_t p = 0; p < k; p += T##_lanes, a += T##_lanes) { \
+            const T##_v x = T##_load(b + p); \
+            s0 = T##_fma(T##_load(a), x, s0); \
+            s1 = T##_fma(T##_load(a + a_row), x, s1); \
+            s2 = T##_fma(T##_load(a + 2 * a_row), x, s2); \
+            s3 = T##_fma(T##_load(a + 3 * a_row), x, s3); \
+        } \
+        out[0] = T##_sum(s0); \
+        out[1] = T##_sum(s1); \
+        out[2] = T##_sum(s2); \
+        out[3] = T##_sum(s3); \
+    }
+
+// y[i] = T_f(x[i]) and y[i] = T_f(a[i], b[i]); the last vector may be part of one, with zeros in the lanes past n.
+#define MILI_DEFINE_MAP(T, TARGET, f) \
+    static TARGET void T##_map_##f(mil_real *y, const mil_real *x, int64_t n) \
+    { \
+        for (int64_t i = 0; i < n; i += T##_lanes) { \
+            const int64_t left = n - i; \
+            const T##_v v = T##_##f(left >= T##_lanes ? T##_load(x + i) : T##_load_part(x + i, left)); \
+            if (left >= T##_lanes) T##_store(y + i, v); \
+            else T##_store_part(y + i, v, left); \
+        } \
+    }
+
+#define MILI_DEFINE_ZIP(T, TARGET, f) \
+    static TARGET void T##_zip_##f(mil_real *y, const mil_real *a, const mil_real *b, int64_t n) \
+    { \
+        int64_t i = 0; \
+        for (; i + T##_lanes <= n; i += T##_lanes) T##_store(y + i, T##_##f(T##_load(a + i), T##_load(b + i))); \
+        if (i < n) T##_store_part(y + i, T##_##f(T##_load_part(a + i, n - i), T##_load_part(b + i, n - i)), n - i); \
+    }
+
+// max and min: the vectors' own instruction may drop a NaN, so NaNs are gathered on the side. None: 0 stays.
+#define MILI_DEFINE_EXTREME(T, TARGET, f, negative) \
+    static TARGET mil_real T##_fold_##f(const mil_real *x, int64_t n) \
+    { \
+        mil_real top[2 * T##_lanes], y = mili_infinity(negative); \
+        T##_v s = T##_set(y), nan = T##_set(0); \
+        int64_t i = 0; \
+        for (; i + T##_lanes <= n; i += T##_lanes) { \
+            const T##_v v = T##_load(x + i); \
+            s = T##_##f(s, v); \
+            nan = T##_keep_nan(v, nan); \
+        } \
+        T##_store(top, s); \
+        T##_store(top + T##_lanes, nan); \
+        for (int j = 0; j < T##_lanes; j++) { \
+            if (mili_is_nan(top[T##_lanes + j])) return top[T##_lanes + j]; \
+            y = mili_pick_##f(y, top[j]); \
+        } \
+        for (; i < n; i++) { \
+            if (mili_is_nan(x[i])) return x[i]; \
+            y = mili_pick_##f(y, x[i]); \
+        } \
+        return y; \
+    }
+MILI_LANES mil_real mili_pick_max(mil_real a, mil_real b) { return a > b ? a : b; }
+MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b; }
+
+// Sums: four accumulators take turns, vector by vector; what is left after the last full turn goes to the first.
+#define MILI_DEFINE_FOLDS(T, TARGET) \
+    static TARGET mil_real T##_fold_sum(const mil_real *x, int64_t n) \
+    { \
+        T##_v s0 = T##_set(0), s1 = s0, s2 = s0, s3 = s0; \
+        int64_t i = 0; \
+        for (; i + 4 * T##_lanes <= n; i += 4 * T##_lanes) { \
+            s0 = T##_add(s0, T##_load(x + i)); \
+            s1 = T##_add(s1, T##_load(x + i + T##_lanes)); \
+            s2 = T##_add(s2, T##_load(x + i + 2 * T##_lanes)); \
+            s3 = T##_add(s3, T##_load(x + i + 3 * T##_lanes)); \
+        } \
+        for (; i + T##_lanes <= n; i += T##_lanes) s0 = T##_add(s0, T##_load(x + i)); \
+        if (i < n) s0 = T##_add(s0, T##_load_part(x + i, n - i)); \
+        return T##_sum(T##_add(T##_add(s0, s1), T##_add(s2, s3))); \
+    } \
+    static TARGET mil_real T##_fold_dot(const mil_real *x, const mil_real *y, int64_t n) \
+    { \
+        T##_v s0 = T##_set(0), s1 = s0, s2 = s0, s3 = s0; \
+        int64_t i = 0; \
+        for (; i + 4 * T##_lanes <= n; i += 4 * T##_lanes) { \
+            s0 = T##_fma(T##_load(x + i), T##_load(y + i), s0); \
+            s1 = T##_fma(T##_load(x + i + T##_lanes), T##_load(y + i + T##_lanes), s1); \
+            s2 = T##_fma(T##_load(x + i + 2 * T##_lanes), T##_load(y + i + 2 * T##_lanes), s2); \
+            s3 = T##_fma(T##_load(x + i + 3 * T##_lanes), T##_load(y + i + 3 * T##_lanes), s3); \
+        } \
+        for (; i + T##_lanes <= n; i += T##_lanes) s0 = T##_fma(T##_load(x + i), T##_load(y + i), s0); \
+        if (i < n) s0 = T##_fma(T##_load_part(x + i, n - i), T##_load_part(y + i, n - i), s0); \
+        return T##_sum(T##_add(T##_add(s0, s1), T##_add(s2, s3))); \
+    } \
+    MILI_DEFINE_EXTREME(T, TARGET, max, 1) \
+    MILI_DEFINE_EXTREME(T, TARGET, min, 0) \
+    static TARGET void T##_axpy(mil_real *y, mil_real a, const mil_real *x, int64_t n) \
+    { \
+        const T##_v s = T##_set(a); \
+        int64_t i = 0; \
+        for (; i + T##_lanes <= n; i += T##_lanes) T##_store(y + i, T##_fma(s, T##_load(x + i), T##_load(y + i))); \
+        if (i < n) \
+            T##_store_part(y + i, T##_fma(s, T##_load_part(x + i, n - i), T##_load_part(y + i, n - i)), n - i); \
+    } \
+    static TARGET void T##_scale(mil_real *y, const mil_real *x, mil_real a, mil_real b, int64_t n) \
+    { \
+        const T##_v s = T##_set(a), t = T##_set(b); \
+        int64_t i = 0; \
+        for (; i + T##_lanes <= n; i += T##_lanes) T##_store(y + i, T##_fma(s, T##_load(x + i), t)); \
+        if (i < n) T##_store_part(y + i, T##_fma(s, T##_load_part(x + i, n - i), t), n - i); \
+    } \
+    static TARGET mil_real T##_exp_sum(mil_real *y, const mil_real *x, int64_t n, mil_real shift) \
+    { \
+        const T##_v s = T##_set(shift); \
+        T##_v sum = T##_set(0); \
+        for (int64_t i = 0; i < n; i += T##_lanes) { \
+            const int64_t left = n - i; \
+            const T##_v v = T##_exp(T##_sub(left >= T##_lanes ? T##_load(x + i) : T##_load_part(x + i, left), s)); \
+            if (left >= T##_lanes) { \
+                T##_store(y + i, v); \
+                sum = T##_add(sum, v); \
+            } else { \
+                T##_store_part(y + i, v, left); \
+                sum = T##_add(sum, T##_load_part(y + i, left)); \
+            } \
+        } \
+        return T##_sum(sum); \
+    }
+
+// Vector maths for float, FMA at hand; polynomials fitted for least relative error. Largest errors over all floats, in
+// units in the last place:  MILI_ERRORS_HERE
+#define MILI_DEFINE_MATHS(T, TARGET) \
+    /* x = n log 2 + r with |r| <= (log 2) / 2; returns exp(r) - 1. log 2 in two parts: n times the first is exact. */ \
+    MILI_LANES TARGET T##_v T##_expm1_part(T##_v x, T##_v *n) \
+    { \
+        T##_v r, q; \
+        *n = T##_round(T##_mul(x, T##_set(1.44269502f))); \
+        r = T##_fma(*n, T##_set(-0.693359375f), x); \
+        r = T##_fma(*n, T##_set(2.12194440e-4f), r); \
+        q = T##_set(0.00139466696f); \
+        q = T##_fma(q, r, T##_set(0.00836671051f)); \
+        q = T##_fma(q, r, T##_set(0.0416662805f)); \
+        q = T##_fma(q, r, T##_set(0.16666542f)); \
+        q = T##_fma(q, r, T##_set(0.5f)); \
+        return T##_fma(T##_mul(r, r), q, r); \
+    } \
+    /* At the ends of the range the result is 0 or infinite by itself. */ \
+    MILI_LANES TARGET T##_v T##_exp(T##_v x) \
+    { \
+        T##_v n, p = T##_expm1_part(T##_min(T##_max(x, T##_set(-104)), T##_set(89)), &n); \
+        return T##_keep_nan(x, T##_scale2(T##_add(p, T##_set(1)), n)); \
+    } \
+    /* tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1: no cancellation near 0; 1 from |x| = 10 on. */ \
+    MILI_LANES TARGET T##_v T##_tanh(T##_v x) \
+    { \
+        const T##_v t = T##_min(T##_abs(x), T##_set(10)); \
+        T##_v n, p = T##_expm1_part(T##_add(t, t), &n), s = T##_pow2(n), e; \
+        e = T##_fma(s, p, T##_sub(s, T##_set(1))); \
+        return T##_keep_nan(x, T##_copysign(T##_div(e, T##_add(e, T##_set(2))), x)); \
+    } \
+    /* 1 / (1 + e) or e / (1 + e) with e = exp(-|x|) <= 1: nothing overflows and small results stay exact. */ \
+    MILI_LANES TARGET T##_v T##_sigmoid(T##_v x) \
+    { \
+        const T##_v e = T##_exp(T##_sub(T##_set(0), T##_abs(x))), one = T##_set(1); \
+        return T##_div(T##_negative(x, e, one), T##_add(one, e)); \
+    } \
+    MILI_LANES TARGET T##_v T##_gate(T##_v a, T##_v b) { return T##_mul(T##_tanh(a), T##_sigmoid(b)); } \
+    MILI_LANES TARGET T##_v T##_silu(T##_v x) \
+    { \
+        return T##_keep_nan(x, T##_mul(T##_max(x, T##_set(-104)), T##_sigmoid(x))); \
+    } \
+    /* s (1 + x (1 - s)) with s = sigmoid(x) and 1 - s taken without cancellation. */ \
+    MILI_LANES TARGET T##_v T##_silu_grad(T##_v x) \
+    { \
+        const T##_v e = T##_exp(T##_sub(T##_set(0), T##_abs(x))), one = T##_set(1), d = T##_div(one, T##_add(one, e)); \
+        const T##_v s = T##_mul(T##_negative(x, e, one), d), s1 = T##_mul(T##_negative(x, one, e), d); \
+        const T##_v t = T##_max(T##_min(x, T##_set(104)), T##_set(-104)); \
+        return T##_keep_nan(x, T##_fma(s, T##_mul(t, s1), s)); \
+    } \
+    /* Upper tail of the normal distribution, t >= 0: Q(t) = erfc(t / sqrt 2) / 2 = *e u poly(u - 5/8), u = 1 / (1 + 5 t / 16), \
+       *e = exp(-t t / 2) where the rounding error of t t is put back in. */ \
+    MILI_LANES TARGET T##_v T##_tail(T##_v t, T##_v *e) \
+    { \
+        const T##_v square = T##_mul(t, t), error = T##_fma(t, t, T##_sub(T##_set(0), square)); \
+        const T##_v u = T##_div(T##_set(1), T##_fma(t, T##_set(0.3125f), T##_set(1))), v = T##_sub(u, T##_set(0.625f)); \
+        T##_v p = T##_set(-0.0193274058f); \
+        p = T##_fma(p, v, T##_set(-0.0158183314f)); \
+        p = T##_fma(p, v, T##_set(0.0385813154f)); \
+        p = T##_fma(p, v, T##_set(0.0232376773f)); \
+        p = T##_fma(p, v, T##_set(-0.079057835f)); \
+        p = T##_fma(p, v, T##_set(-0.0601451211f)); \
+        p = T##_fma(p, v, T##_set(0.167918324f)); \
+        p = T##_fma(p, v, T##_set(0.399305969f)); \
+        p = T##_fma(p, v, T##_set(0.425212771f)); \
+        p = T##_fma(p, v, T##_set(0.277217567f)); \
+        *e = T##_exp(T##_mul(square, T##_set(-0.5f))); \
+        *e = T##_fma(*e, T##_mul(error, T##_set(-0.5f)), *e); \
+        return T##_mul(*e, T##_mul(p, u)); \
+    } \
+    /* x + x poly(x x) below 0.9, 1 - 2 Q(sqrt 2 |x|) above. */ \
+    MILI_LANES TARGET T##_v T##_erf(T##_v x) \
+    { \
+        const T##_v t = T##_abs(x), z = T##_mul(x, x); \
+        T##_v e, p, q = T##_tail(T##_min(T##_mul(t, T##_set(1.41421356f)), T##_set(15)), &e); \
+        q = T##_copysign(T##_fma(q, T##_set(-2), T##_set(1)), x); \
+        p = T##_set(-0.000609035837f); \
+        p = T##_fma(p, z, T##_set(0.00501196273f)); \
+        p = T##_fma(p, z, T##_set(-0.0267789084f)); \
+        p = T##_fma(p, z, T##_set(0.112821408f)); \
+        p = T##_fma(p, z, T##_set(-0.376125246f)); \
+        p = T##_fma(p, z, T##_set(0.128379151f)); \
+        return T##_keep_nan(x, T##_less(t, T##_set(0.9f), T##_fma(p, x, x), q)); \
+    } \
+    /* x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2: Q(|x|) left of 0, 1 - Q right of it. -inf gives -0. */ \
+    MILI_LANES TARGET T##_v T##_gelu(T##_v x) \
+    { \
+        T##_v e; \
+        const T##_v q = T##_tail(T##_min(T##_abs(x), T##_set(15)), &e); \
+        const T##_v phi = T##_negative(x, q, T##_sub(T##_set(1), q)); \
+        return T##_keep_nan(x, T##_mul(T##_max(x, T##_set(-15)), phi)); \
+    } \
+    /* Phi(x) + x exp(-x x / 2) / sqrt(2 pi). */ \
+    MILI_LANES TARGET T##_v T##_gelu_grad(T##_v x) \
+    { \
+        T##_v e; \
+        const T##_v q = T##_tail(T##_min(T##_abs(x), T##_set(15)), &e); \
+        const T##_v t = T##_max(T##_min(x, T##_set(15)), T##_set(-15)); \
+        const T##_v phi = T##_negative(x, q, T##_sub(T##_set(1), q)); \
+        return T##_keep_nan(x, T##_fma(T##_mul(t, T##_set(0.398942280f)), e, phi)); \
+    } \
+    MILI_LANES TARGET T##_v T##_relu(T##_v x) { return T##_max(T##_set(0), x); }
+
+// All kernels of a tier, and its table. T_exp ... T_relu and T_gate stand before it: MILI_DEFINE_MATHS, or libm.
+#define MILI_DEFINE_TIER(T, TARGET, EACH_R, tier, text) \
+    MILI_DEFINE_TILES(T, TARGET, EACH_R) \
+    MILI_DEFINE_DOT4(T, TARGET) \
+    MILI_DEFINE_MAP(T, TARGET, exp) \
+    MILI_DEFINE_MAP(T, TARGET, tanh) \
+    MILI_DEFINE_MAP(T, TARGET, sigmoid) \
+    MILI_DEFINE_MAP(T, TARGET, erf) \
+    MILI_DEFINE_MAP(T, TARGET, gelu) \
+    MILI_DEFINE_MAP(T, TARGET, gelu_grad) \
+    MILI_DEFINE_MAP(T, TARGET, silu) \
+    MILI_DEFINE_MAP(T, TARGET, silu_grad) \
+    MILI_DEFINE_MAP(T, TARGET, relu) \
+    MILI_DEFINE_ZIP(T, TARGET, gate) \
+    MILI_DEFINE_ZIP(T, TARGET, add) \
+    MILI_DEFINE_ZIP(T, TARGET, sub) \
+    MILI_DEFINE_ZIP(T, TARGET, mul) \
+    MILI_DEFINE_ZIP(T, TARGET, div) \
+    MILI_DEFINE_FOLDS(T, TARGET) \
+    static const mili_kernels T##_kernels = { \
+        tier, text, T##_lanes, T##_mr, 2 * T##_lanes, T##_tile, T##_dot4, \
+        T##_map_exp, T##_map_tanh, T##_map_sigmoid, T##_map_erf, T##_map_gelu, T##_map_gelu_grad, \
+        T##_map_silu, T##_map_silu_grad, T##_map_relu, \
+        T##_zip_gate, T##_zip_add, T##_zip_sub, T##_zip_mul, T##_zip_div, T##_axpy, T##_scale, \
+        T##_fold_sum, T##_fold_max, T##_fold_min, T##_fold_dot, T##_exp_sum, T##_from_f16, T##_from_bf16 };
+
+// ---- plain C ---------------------------------------------------------------------------------------------------------
+// Any compiler and CPU, float or double. A vector is four reals side by side, which compilers turn into the machine's
+// own where they can; the maths are libm's.
+
+typedef struct mili_plain_v { mil_real x, y, z, w; } mili_plain_v;
+enum { mili_plain_lanes = 4, mili_plain_mr = 4 };
+
+MILI_LANES mili_plain_v mili_plain_make(mil_real x, mil_real y, mil_real z, mil_real w)
+{
+    mili_plain_v v;
+    v.x = x;
+    v.y = y;
+    v.z = z;
+    v.w = w;
+    return v;
+}
+MILI_LANES mili_plain_v mili_plain_set(mil_real x) { return mili_plain_make(x, x, x, x); }
+MILI_LANES mili_plain_v mili_plain_load(const mil_real *p) { return mili_plain_make(p[0], p[1], p[2], p[3]); }
+MILI_LANES mili_plain_v mili_plain_load_part(const mil_real *p, int64_t n)
+{
+    return mili_plain_make(n > 0 ? p[0] : 0, n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, n > 3 ? p[3] : 0);
+}
+MILI_LANES void mili_plain_store(mil_real *p, mili_plain_v v)
+{
+    p[0] = v.x;
+    p[1] = v.y;
+    p[2] = v.z;
+    p[3] = v.w;
+}
+MILI_LANES void mili_plain_store_part(mil_real *p, mili_plain_v v, int64_t n)
+{
+    if (n > 0) p[0] = v.x;
+    if (n > 1) p[1] = v.y;
+    if (n > 2) p[2] = v.z;
+    if (n > 3) p[3] = v.w;
+}
+// x87 keeps more bits in a register than in memory: sums that depend on what the compiler spills would not repeat.
+#if FLT_EVAL_METHOD == 2
+MILI_LANES mil_real mili_rounded(mil_real x)
+{
+    volatile mil_real y = x;
+    return y;
+}
+#else
+MILI_LANES mil_real mili_rounded(mil_real x) { return x; }
+#endif
+MILI_LANES mil_real mili_plain_sum(mili_plain_v v) 
+{
+    return mili_rounded(mili_rounded(v.x + v.z) + mili_rounded(v.y + v.w));
+}
+MILI_LANES mili_plain_v mili_plain_fma(mili_plain_v a, mili_plain_v b, mili_plain_v c)
+{
+    return mili_plain_make(mili_rounded(c.x + a.x * b.x), mili_rounded(c.y + a.y * b.y), mili_rounded(c.z + a.z * b.z),
+                           mili_rounded(c.w + a.w * b.w));
+}
+
+// One lane: the formulas as in MILI_DEFINE_MATHS.
+MILI_LANES mil_real mili_lane_add(mil_real a, mil_real b) { return mili_rounded(a + b); }
+MILI_LANES mil_real mili_lane_sub(mil_real a, mil_real b) { return mili_rounded(a - b); }
+MILI_LANES mil_real mili_lane_mul(mil_real a, mil_real b) { return mili_rounded(a * b); }
+MILI_LANES mil_real mili_lane_div(mil_real a, mil_real b) { return mili_rounded(a / b); }
+MILI_LANES mil_real mili_lane_max(mil_real a, mil_real b) { return a > b ? a : b; }
+MILI_LANES mil_real mili_lane_min(mil_real a, mil_real b) { return a < b ? a : b; }
+MILI_LANES mil_real mili_lane_keep_nan(mil_real x, mil_real y) { return mili_is_nan(x) ? x : y; }
+MILI_LANES mil_real mili_lane_exp(mil_real x) { return mili_rounded(mili_exp(x)); }
+MILI_LANES mil_real mili_lane_tanh(mil_real x) { return mili_rounded(mili_tanh(x)); }
+MILI_LANES mil_real mili_lane_erf(mil_real x) { return mili_rounded(mili_erf(x)); }
+MILI_LANES mil_real mili_lane_sigmoid(mil_real x)
+{
+    const mil_real e = mili_lane_exp(x < 0 ? x : -x);
+    return mili_rounded((x < 0 ? e : 1) / mili_rounded(1 + e));
+}
+MILI_LANES mil_real mili_lane_gate(mil_real a, mil_real b) { return mili_rounded(mili_lane_tanh(a) * mili_lane_sigmoid(b)); }
+MILI_LANES mil_real mili_lane_silu(mil_real x) { return mili_rounded((x < -1000 ? -1000 : x) * mili_lane_sigmoid(x)); }
+MILI_LANES mil_real mili_lane_silu_grad(mil_real x)
+{
+    const mil_real t = x < -1000 ? -1000 : x > 1000 ? 1000 : x, s = mili_lane_sigmoid(t);
+    return mili_rounded(s + mili_rounded(s * mili_rounded(t * mili_lane_sigmoid(-t))));
+}
+MILI_LANES mil_real mili_lane_phi(mil_real t)                            // normal distribution function
+{
+    return mili_rounded((mil_real)0.5 * mili_erfc(mili_rounded(t * (mil_real)-0.70710678118654752440)));
+}
+MILI_LANES mil_real mili_lane_gelu(mil_real x)
+{
+    const mil_real t = x < -100 ? -100 : x;
+    return mili_rounded(t * mili_lane_phi(t));
+}
+MILI_LANES mil_real mili_lane_gelu_grad(mil_real x)
+{
+    const mil_real t = x < -100 ? -100 : x > 100 ? 100 : x;
+    const mil_real density = mili_rounded((mil_real)0.39894228040143267794 * mili_lane_exp(mili_rounded((mil_real)-0.5 * t * t)));
+    return mili_rounded(mili_lane_phi(t) + mili_rounded(t * density));
+}
+MILI_LANES mil_real mili_lane_relu(mil_real x) { return x < 0 ? 0 : x; }
+
+#define MILI_PLAIN_1(f) \
+    MILI_LANES mili_plain_v mili_plain_##f(mili_plain_v a) \
+    { \
+        return mili_plain_make(mili_lane_##f(a.x), mili_lane_##f(a.y), mili_lane_##f(a.z), mili_lane_##f(a.w)); \
+    }
+#define MILI_PLAIN_2(f) \
+    MILI_LANES mili_plain_v mili_plain_##f(mili_plain_v a, mili_plain_v b) \
+    { \
+        return mili_plain_make(mili_lane_##f(a.x, b.x), mili_lane_##f(a.y, b.y), mili_lane_##f(a.z, b.z), \
+                               mili_lane_##f(a.w, b.w)); \
+    }
+MILI_PLAIN_1(exp)
+MILI_PLAIN_1(tanh)
+MILI_PLAIN_1(sigmoid)
+MILI_PLAIN_1(erf)
+MILI_PLAIN_1(gelu)
+MILI_PLAIN_1(gelu_grad)
+MILI_PLAIN_1(silu)
+MILI_PLAIN_1(silu_grad)
+MILI_PLAIN_1(relu)
+MILI_PLAIN_2(gate)
+MILI_PLAIN_2(add)
+MILI_PLAIN_2(sub)
+MILI_PLAIN_2(mul)
+MILI_PLAIN_2(div)
+MILI_PLAIN_2(max)
+MILI_PLAIN_2(min)
+MILI_PLAIN_2(keep_nan)
+
+// Half precision: sign, 5 bits of exponent, 10 of fraction. A small number is a whole count of 2^-24.
+static mil_real mili_f16_value(unsigned h)
+{
+    const unsigned exponent = h >> 10 & 31, fraction = h & 1023;
+    uint32_t bits;
+    float x;
+    if (exponent == 0) {
+        x = (float)fraction * (1.0f / 16777216);
+        return h & 0x8000 ? (mil_real)-x : (mil_real)x;
+    }
+    bits = (uint32_t)(h & 0x8000) << 16 | (exponent == 31 ? 255u : exponent + 112) << 23 | (uint32_t)fraction << 13;
+    if (exponent == 31 && fraction) bits |= 1u << 22;                    // a quiet NaN, as the hardware makes it
+    memcpy(&x, &bits, sizeof x);
+    return (mil_real)x;
+}
+
+static void mili_plain_from_f16(mil_real *dst, const void *src, int64_t n)
+{
+    const unsigned char *s = (const unsigned char *)src;
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t h;
+        memcpy(&h, s + 2 * i, 2);
+        dst[i] = mili_f16_value(h);
+    }
+}
+
+static void mili_plain_from_bf16(mil_real *dst, const void *src, int64_t n)        // the upper half of a float
+{
+    const unsigned char *s = (const unsigned char *)src;
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t h;
+        uint32_t bits;
+        float x;
+        memcpy(&h, s + 2 * i, 2);
+        bits = (uint32_t)h << 16;
+        memcpy(&x, &bits, 4);
+        dst[i] = (mil_real)x;
+    }
+}
+
+#define MILI_PLAIN_ROWS(T) MILI_TILES(T, 4) MILI_TILES(T, 2) MILI_TILES(T, 1)
+MILI_DEFINE_TILE(mili_plain, , 1)
+MILI_DEFINE_TILE(mili_plain, , 2)
+MILI_DEFINE_TILE(mili_plain, , 4)
+MILI_DEFINE_TIER(mili_plain, , MILI_PLAIN_ROWS, MIL_CPU_PLAIN, "plain")
+
+#if defined(MILI_TIERS_X86)
+
+// ---- AVX2 with FMA: 8 floats, 16 registers, tiles of 6 x 16 -----------------------------------------------------------
+
+#define MILI_AVX2 __attribute__((target("avx2,fma,f16c")))
+typedef __m256 mili_avx2_v;
+enum { mili_avx2_lanes = 8, mili_avx2_mr = 6 };
+
+MILI_LANES MILI_AVX2 __m256 mili_avx2_load(const float *p) { return _mm256_loadu_ps(p); }
+MILI_LANES MILI_AVX2 void mili_avx2_store(float *p, __m256 v) { _mm256_storeu_ps(p, v); }
+MILI_LANES MILI_AVX2 __m256i mili_avx2_first(int64_t n)                  // all ones in the first n lanes
+{
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+MILI_LANES MILI_AVX2 __m256 mili_avx2_load_part(const float *p, int64_t n)
+{
+    return _mm256_maskload_ps(p, mili_avx2_first(n));
+}
+MILI_LANES MILI_AVX2 void mili_avx2_store_part(float *p, __m256 v, int64_t n)
+{
+    _mm256_maskstore_ps(p, mili_avx2_first(n), v);
+}
+MILI_LANES MILI_AVX2 __m256 mili_avx2_set(float x) { return _mm256_set1_ps(x); }
+MILI_LANES MILI_AVX2 __m256 mili_avx2_add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+MILI_LANES MILI_AVX2 __m256 mili_avx2_sub(__m256 a, __m256 b) { return _mm256_sub_ps(a, b); }
+MILI_LANES MILI_AVX2 __m256 mili_avx2_mul(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+MILI_LANES MILI_AVX2 __m256 mili_avx2_div(__m256 a, __m256 b) { return _mm256_div_ps(a, b); }
+MILI_LANES MILI_AVX2 __m256 mili_avx2_max(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+MILI_LANES MILI_AVX2 __m256 mili_avx2_min(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+MILI_LANES MILI_AVX2 __m256 mili_avx2_fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+MILI_LANES MILI_AVX2 float mili_avx2_sum(__m256 v)
+{
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+MILI_LANES MILI_AVX2 __m256 mili_avx2_round(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+MILI_LANES MILI_AVX2 __m256 mili_avx2_power(__m256i n)                   // 2^n, n in -126..127
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+MILI_LANES MILI_AVX2 __m256 mili_avx2_pow2(__m256 n) { return mili_avx2_power(_mm256_cvtps_epi32(n)); }
+MILI_LANES MILI_AVX2 __m256 mili_avx2_scale2(__m256 x, __m256 n)         // in two steps: 2^n alone may be out of range
+{
+    const __m256i i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1);
+    return _mm256_mul_ps(_mm256_mul_ps(x, mili_avx2_power(half)), mili_avx2_power(_mm256_sub_epi32(i, half)));
+}
+MILI_LANES MILI_AVX2 __m256i mili_avx2_abs_bits(__m256 x)
+{
+    return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+}
+MILI_LANES MILI_AVX2 __m256 mili_avx2_abs(__m256 x) { return _mm256_castsi256_ps(mili_avx2_abs_bits(x)); }
+MILI_LANES MILI_AVX2 __m256 mili_avx2_copysign(__m256 x, __m256 sign)    // x is not negative
+{
+    return _mm256_or_ps(x, _mm256_and_ps(sign, _mm256_castsi256_ps(_mm256_set1_epi32((int)0x80000000u))));
+}
+MILI_LANES MILI_AVX2 __m256 mili_avx2_negative(__m256 x, __m256 a, __m256 b) { return _mm256_blendv_ps(b, a, x); }
+MILI_LANES MILI_AVX2 __m256 mili_avx2_less(__m256 x, __m256 y, __m256 a, __m256 b)
+{
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, y, _CMP_LT_OQ));
+}
+MILI_LANES MILI_AVX2 __m256 mili_avx2_keep_nan(__m256 x, __m256 y)
+{
+    return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(mili_avx2_abs_bits(x), _mm256_set1_epi32(0x7f800000))));
+}
+
+static MILI_AVX2 void mili_avx2_from_f16(float *dst, const void *src, int64_t n)
+{
+    const unsigned char *s = (const unsigned char *)src;
+    for (; n >= 8; n -= 8, dst += 8, s += 16) _mm256_storeu_ps(dst, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)s)));
+    mili_plain_from_f16(dst, s, n);
+}
+static MILI_AVX2 void mili_avx2_from_bf16(float *dst, const void *src, int64_t n)
+{
+    const unsigned char *s = (const unsigned char *)src;
+    for (; n >= 8; n -= 8, dst += 8, s += 16) {
+        const __m256i v = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)s));
+        _mm256_storeu_ps(dst, _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)));
+    }
+    mili_plain_from_bf16(dst, s, n);
+}
+
+#define MILI_AVX2_ROWS(T) MILI_TILES(T, 6) MILI_TILES(T, 4) MILI_TILES(T, 2) MILI_TILES(T, 1)
+MILI_DEFINE_TILE(mili_avx2, MILI_AVX2, 1)
+MILI_DEFINE_TILE(mili_avx2, MILI_AVX2, 2)
+MILI_DEFINE_TILE(mili_avx2, MILI_AVX2, 4)
+MILI_DEFINE_TILE(mili_avx2, MILI_AVX2, 6)
+MILI_DEFINE_MATHS(mili_avx2, MILI_AVX2)
+MILI_DEFINE_TIER(mili_avx2, MILI_AVX2, MILI_AVX2_ROWS, MIL_CPU_AVX2, "avx2")
+
+// ---- AVX-512: 16 floats, 32 registers, tiles of 12 x 32 ---------------------------------------------------------------
+
+#define MILI_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")))
+// The plain forms of some intrinsics make g++ 12 warn of its own headers; with all lanes on, maskz is the same instruction.
+#define MILI_ALL16 ((__mmask16)0xffff)
+#define MILI_ALL8 ((__mmask8)0xff)
+typedef __m512 mili_avx512_v;
+enum { mili_avx512_lanes = 16, mili_avx512_mr = 12 };
+
+MILI_LANES MILI_AVX512 __m512 mili_avx512_load(const float *p) { return _mm512_loadu_ps(p); }
+MILI_LANES MILI_AVX512 void mili_avx512_store(float *p, __m512 v) { _mm512_storeu_ps(p, v); }
+MILI_LANES MILI_AVX512 __m512 mili_avx512_load_part(const float *p, int64_t n)
+{
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+MILI_LANES MILI_AVX512 void mili_avx512_store_part(float *p, __m512 v, int64_t n)
+{
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v);
+}
+MILI_LANES MILI_AVX512 __m512 mili_avx512_set(float x) { return _mm512_set1_ps(x); }
+MILI_LANES MILI_AVX512 __m512 mili_avx512_add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+MILI_LANES MILI_AVX512 __m512 mili_avx512_sub(__m512 a, __m512 b) { return _mm512_sub_ps(a, b); }
+MILI_LANES MILI_AVX512 __m512 mili_avx512_mul(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
+MILI_LANES MILI_AVX512 __m512 mili_avx512_div(__m512 a, __m512 b) { return _mm512_div_ps(a, b); }
+MILI_LANES MILI_AVX512 __m512 mili_avx512_max(__m512 a, __m512 b) { return _mm512_maskz_max_ps(MILI_ALL16, a, b); }
+MILI_LANES MILI_AVX512 __m512 mili_avx512_min(__m512 a, __m512 b) { return _mm512_maskz_min_ps(MILI_ALL16, a, b); }
+MILI_LANES MILI_AVX512 __m512 mili_avx512_fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+MILI_LANES MILI_AVX512 float mili_avx512_sum(__m512 v)
+{
+    return mili_avx2_sum(_mm256_add_ps(_mm512_maskz_extractf32x8_ps(MILI_ALL8, v, 0),
+                                        _mm512_maskz_extractf32x8_ps(MILI_ALL8, v, 1)));
+}
+MILI_LANES MILI_AVX512 __m512 mili_avx512_round(__m512 x)
+{
+    return _mm512_maskz_roundscale_ps(MILI_ALL16, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+MILI_LANES MILI_AVX512 __m512 mili_avx512_scale2(__m512 x, __m512 n) { return _mm512_maskz_scalef_ps(MILI_ALL16, x, n); }
+MILI_LANES MILI_AVX512 __m512 mili_avx512_pow2(__m512 n) { return _mm512_maskz_scalef_ps(MILI_ALL16, _mm512_set1_ps(1), n); }
+MILI_LANES MILI_AVX512 __m512i mili_avx512_abs_bits(__m512 x)
+{
+    return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+}
+MILI_LANES MILI_AVX512 __m512 mili_avx512_abs(__m512 x) { return _mm512_castsi512_ps(mili_avx512_abs_bits(x)); }
+MILI_LANES MILI_AVX512 __m512 mili_avx512_copysign(__m512 x, __m512 sign)          // x is not negative
+{
+    return _mm512_or_ps(x, _mm512_and_ps(sign, _mm512_castsi512_ps(_mm512_set1_epi32((int)0x80000000u))));
+}
+MILI_LANES MILI_AVX512 __m512 mili_avx512_negative(__m512 x, __m512 a, __m512 b)
+{
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), b, a);
+}
+MILI_LANES MILI_AVX512 __m512 mili_avx512_less(__m512 x, __m512 y, __m512 a, __m512 b)
+{
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), b, a);
+}
+MILI_LANES MILI_AVX512 __m512 mili_avx512_keep_nan(__m512 x, __m512 y)
+{
+    return _mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask(mili_avx512_abs_bits(x), _mm512_set1_epi32(0x7f800000)), y, x);
+}
+
+static MILI_AVX512 void mili_avx512_from_f16(float *dst, const void *src, int64_t n)
+{
+    const unsigned char *s = (const unsigned char *)src;
+    for (; n >= 16; n -= 16, dst += 16, s += 32)
+        _mm512_storeu_ps(dst, _mm512_maskz_cvtph_ps(MILI_ALL16, _mm256_loadu_si256((const __m256i *)s)));
+    mili_plain_from_f16(dst, s, n);
+}
+static MILI_AVX512 void mili_avx512_from_bf16(float *dst, const void *src, int64_t n)
+{
+    const unsigned char *s = (const unsigned char *)src;
+    for (; n >= 16; n -= 16, dst += 16, s += 32) {
+        const __m512i v = _mm512_maskz_cvtepu16_epi32(MILI_ALL16, _mm256_loadu_si256((const __m256i *)s));
+        _mm512_storeu_ps(dst, _mm512_castsi512_ps(_mm512_maskz_slli_epi32(MILI_ALL16, v, 16)));
+    }
+    mili_plain_from_bf16(dst, s, n);
+}
+
+#define MILI_AVX512_ROWS(T) MILI_TILES(T, 12) MILI_TILES(T, 8) MILI_TILES(T, 4) MILI_TILES(T, 2) MILI_TILES(T, 1)
+MILI_DEFINE_TILE(mili_avx512, MILI_AVX512, 1)
+MILI_DEFINE_TILE(mili_avx512, MILI_AVX512, 2)
+MILI_DEFINE_TILE(mili_avx512, MILI_AVX512, 4)
+MILI_DEFINE_TILE(mili_avx512, MILI_AVX512, 8)
+MILI_DEFINE_TILE(mili_avx512, MILI_AVX512, 12)
+MILI_DEFINE_MATHS(mili_avx512, MILI_AVX512)
+MILI_DEFINE_TIER(mili_avx512, MILI_AVX512, MILI_AVX512_ROWS, MIL_CPU_AVX512, "avx512")
+
+// The best tier that both this CPU and its operating system support: registers must be saved at a task switch too (XCR0).
+static mil_cpu mili_cpu_best(void)
+{
+    unsigned a, b, c, d, saved;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return MIL_CPU_PLAIN;
+    if (~c & (1u << 12 | 1u << 27 | 1u << 28 | 1u << 29)) return MIL_CPU_PLAIN;              // FMA, OSXSAVE, AVX, F16C
+    __asm__ volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+    if (~saved & 6) return MIL_CPU_PLAIN;                                                    // xmm, ymm
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return MIL_CPU_PLAIN;
+    if (~b & 1u << 5) return MIL_CPU_PLAIN;                                                  // AVX2
+    if (~saved & 0xe6) return MIL_CPU_AVX2;                                                  // mask registers, zmm
+    if (~b & (1u << 16 | 1u << 17 | 1u << 30 | 1u << 31)) return MIL_CPU_AVX2;               // F, DQ, BW, VL
+    return MIL_CPU_AVX512;
+}
+
+#elif defined(MILI_TIERS_ARM)
+
+// ---- NEON: a pair of 4 floats, 32 registers, tiles of 6 x 16 ----------------------------------------------------------
+
+typedef float32x4x2_t mili_neon_v;
+enum { mili_neon_lanes = 8, mili_neon_mr = 6 };
+
+MILI_LANES mili_neon_v mili_neon_pair(float32x4_t a, float32x4_t b)
+{
+    mili_neon_v v;
+    v.val[0] = a;
+    v.val[1] = b;
+    return v;
+}
+MILI_LANES mili_neon_v mili_neon_load(const float *p) { return mili_neon_pair(vld1q_f32(p), vld1q_f32(p + 4)); }
+MILI_LANES void mili_neon_store(float *p, mili_neon_v v)
+{
+    vst1q_f32(p, v.val[0]);
+    vst1q_f32(p + 4, v.val[1]);
+}
+MILI_LANES mili_neon_v mili_neon_load_part(const float *p, int64_t n)
+{
+    float part[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
+    memcpy(part, p, (size_t)n * sizeof *part);
+    return mili_neon_load(part);
+}
+MILI_LANES void mili_neon_store_part(float *p, mili_neon_v v, int64_t n)
+{
+    float part[8];
+    mili_neon_store(part, v);
+    memcpy(p, part, (size_t)n * sizeof *part);
+}
+MILI_LANES mili_neon_v mili_neon_set(float x) { return mili_neon_pair(vdupq_n_f32(x), vdupq_n_f32(x)); }
+#define MILI_NEON_2(name, op) \
+    MILI_LANES mili_neon_v mili_neon_##name(mili_neon_v a, mili_neon_v b) \
+    { \
+        return mili_neon_pair(op(a.val[0], b.val[0]), op(a.val[1], b.val[1])); \
+    }
+MILI_NEON_2(add, vaddq_f32)
+MILI_NEON_2(sub, vsubq_f32)
+MILI_NEON_2(mul, vmulq_f32)
+MILI_NEON_2(div, vdivq_f32)
+MILI_NEON_2(max, vmaxq_f32)
+MILI_NEON_2(min, vminq_f32)
+MILI_LANES mili_neon_v mili_neon_fma(mili_neon_v a, mili_neon_v b, mili_neon_v c)
+{
+    return mili_neon_pair(vfmaq_f32(c.val[0], a.val[0], b.val[0]), vfmaq_f32(c.val[1], a.val[1], b.val[1]));
+}
+MILI_LANES float mili_neon_sum(mili_neon_v v)
+{
+    const float32x4_t s = vaddq_f32(v.val[0], v.val[1]);
+    return vaddvq_f32(s);
+}
+MILI_LANES mili_neon_v mili_neon_round(mili_neon_v x) { return mili_neon_pair(vrndnq_f32(x.val[0]), vrndnq_f32(x.val[1])); }
+MILI_LANES float32x4_t mili_neon_power(int32x4_t n)                      // 2^n, n in -126..127
+{
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23));
+}
+MILI_LANES mili_neon_v mili_neon_pow2(mili_neon_v n)
+{
+    return mili_neon_pair(mili_neon_power(vcvtq_s32_f32(n.val[0])), mili_neon_power(vcvtq_s32_f32(n.val[1])));
+}
+MILI_LANES float32x4_t mili_neon_scale4(float32x4_t x, float32x4_t n)     // in two steps: 2^n alone may be out of range
+{
+    const int32x4_t i = vcvtq_s32_f32(n), half = vshrq_n_s32(i, 1);
+    return vmulq_f32(vmulq_f32(x, mili_neon_power(half)), mili_neon_power(vsubq_s32(i, half)));
+}
+MILI_NEON_2(scale2, mili_neon_scale4)
+MILI_LANES mili_neon_v mili_neon_abs(mili_neon_v x) { return mili_neon_pair(vabsq_f32(x.val[0]), vabsq_f32(x.val[1])); }
+MILI_LANES mili_neon_v mili_neon_choose(uint32x4_t m0, uint32x4_t m1, mili_neon_v a, mili_neon_v b)
+{
+    return mili_neon_pair(vbslq_f32(m0, a.val[0], b.val[0]), vbslq_f32(m1, a.val[1], b.val[1]));
+}
+MILI_LANES mili_neon_v mili_neon_copysign(mili_neon_v x, mili_neon_v sign)
+{
+    return mili_neon_choose(vdupq_n_u32(0x80000000u), vdupq_n_u32(0x80000000u), sign, x);
+}
+MILI_LANES mili_neon_v mili_neon_negative(mili_neon_v x, mili_neon_v a, mili_neon_v b)
+{
+    return mili_neon_choose(vcltzq_s32(vreinterpretq_s32_f32(x.val[0])), vcltzq_s32(vreinterpretq_s32_f32(x.val[1])), a, b);
+}
+MILI_LANES mili_neon_v mili_neon_less(mili_neon_v x, mili_neon_v y, mili_neon_v a, mili_neon_v b)
+{
+    return mili_neon_choose(vcltq_f32(x.val[0], y.val[0]), vcltq_f32(x.val[1], y.val[1]), a, b);
+}
+MILI_LANES uint32x4_t mili_neon_nan(float32x4_t x)
+{
+    return vcgtq_u32(vandq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0x7fffffffu)), vdupq_n_u32(0x7f800000u));
+}
+MILI_LANES mili_neon_v mili_neon_keep_nan(mili_neon_v x, mili_neon_v y)
+{
+    return mili_neon_choose(mili_neon_nan(x.val[0]), mili_neon_nan(x.val[1]), x, y);
+}
+
+static void mili_neon_from_f16(float *dst, const void *src, int64_t n)
+{
+    const unsigned char *s = (const unsigned char *)src;
+    for (; n >= 8; n -= 8, dst += 8, s += 16) {
+        const float16x8_t h = vreinterpretq_f16_u8(vld1q_u8(s));
+        vst1q_f32(dst, vcvt_f32_f16(vget_low_f16(h)));
+        vst1q_f32(dst + 4, vcvt_high_f32_f16(h));
+    }
+    mili_plain_from_f16(dst, s, n);
+}
+static void mili_neon_from_bf16(float *dst, const void *src, int64_t n)
+{
+    const unsigned char *s = (const unsigned char *)src;
+    for (; n >= 8; n -= 8, dst += 8, s += 16) {
+        const uint16x8_t h = vreinterpretq_u16_u8(vld1q_u8(s));
+        vst1q_f32(dst, vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(h), 16)));
+        vst1q_f32(dst + 4, vreinterpretq_f32_u32(vshll_high_n_u16(h, 16)));
+    }
+    mili_plain_from_bf16(dst, s, n);
+}
+
+#define MILI_NEON_ROWS(T) MILI_TILES(T, 6) MILI_TILES(T, 4) MILI_TILES(T, 2) MILI_TILES(T, 1)
+MILI_DEFINE_TILE(mili_neon, , 1)
+MILI_DEFINE_TILE(mili_neon, , 2)
+MILI_DEFINE_TILE(mili_neon, , 4)
+MILI_DEFINE_TILE(mili_neon, , 6)
+MILI_DEFINE_MATHS(mili_neon, )
+MILI_DEFINE_TIER(mili_neon, , MILI_NEON_ROWS, MIL_CPU_NEON, "neon")
+
+static mil_cpu mili_cpu_best(void) { return MIL_CPU_NEON; }              // every aarch64 has it
+#else
+static mil_cpu mili_cpu_best(void) { return MIL_CPU_PLAIN; }
+#endif
+
+// The kernels of a tier, or of the best one for MIL_CPU_AUTO. NULL: this CPU or this build lacks it.
+MILI_FN const mili_kernels *mili_kernels_choose(mil_cpu wanted)
+{
+    const mil_cpu best = mili_cpu_best();
+    if (wanted == MIL_CPU_AUTO) wanted = best;
+    if (wanted == MIL_CPU_PLAIN) return &mili_plain_kernels;
+#if defined(MILI_TIERS_X86)
+    if (wanted == MIL_CPU_AVX2 && best != MIL_CPU_PLAIN) return &mili_avx2_kernels;
+    if (wanted == MIL_CPU_AVX512 && best == MIL_CPU_AVX512) return &mili_avx512_kernels;
+#elif defined(MILI_TIERS_ARM)
+    if (wanted == MIL_CPU_NEON) return &mili_neon_kernels;
+#endif
+    return NULL;
+}
+
+// ---- GEMM: C = A B + bias, or C += A B --------------------------------------------------------------------------------
+// B is packed into panels of nr columns, [panels][k][nr], zeros past column n; A is copied in tiles of mr rows by MILI_KC
+// products. Loops, from the outside in:
+//   - columns, in blocks of as many panels as make MILI_GEMM_BLOCK reals of B: they stay in the L2 cache;
+//   - k, in blocks of MILI_KC: an A tile (12 KiB) and a B panel (32 KiB) pass through L1;
+//   - rows, mr at a time: one A tile, used for all panels of the block;
+//   - panels: a tile of C lives in registers for the whole block of k.
+// An element of C is bias + sum over its first block, plus the sum over the second, and so on: the same bits in whatever
+// company. Up to MILI_THIN columns a panel would be mostly zeros: then B is packed by columns, [n][k rounded up to lanes],
+// and each element is a dot product per block of k.
+
+typedef struct mili_gemm {
+    int64_t m, n, k;
+    const mil_real *a;              // [m, k] element (i, p) at a[i * a_row + p * a_col]
+    int64_t a_row, a_col;
+    const mil_real *b;              // [k, n] element (p, j) at b[p * b_row + j * b_col]; not used when `packed`
+    int64_t b_row, b_col;
+    const mil_real *packed;         // B as mili_gemm_pack wrote it on the same tier, or NULL
+    mil_real *c;                    // [m, n] element (i, j) at c[i * c_row + j]; must not overlap A or B
+    int64_t c_row;
+    int accumulate;                 // C += A B; the bias is not added
+    const mil_real *bias;           // [n] or NULL
+    mil_real *scratch;              // [mili_gemm_scratch(K, n, k)], not used when `packed`
+} mili_gemm;
+
+static int64_t mili_round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+// Units of packing, each independent of the others: thin B is one.
+MILI_FN int64_t mili_gemm_panels(const mili_kernels *K, int64_t n)
+{
+    return n <= MILI_THIN ? n > 0 : (n + K->nr - 1) / K->nr;
+}
+
+MILI_FN int64_t mili_gemm_packed_count(const mili_kernels *K, int64_t n, int64_t k)
+{
+    return n <= MILI_THIN ? n * mili_round_up(k, K->lanes) : mili_round_up(n, K->nr) * k;
+}
+
+// Panels of B that are in use at a time.
+static int64_t mili_gemm_block_panels(const mili_kernels *K, int64_t k)
+{
+    return MILI_GEMM_BLOCK / (K->nr * MILI_MAX(1, MILI_MIN(k, MILI_KC)));
+}
+
+MILI_FN int64_t mili_gemm_scratch(const mili_kernels *K, int64_t n, int64_t k)
+{
+    const int64_t depth = MILI_MIN(k, MILI_KC);
+    if (n <= MILI_THIN) return n * mili_round_up(depth, K->lanes);
+    return MILI_MIN(mili_gemm_panels(K, n), mili_gemm_block_panels(K, k)) * K->nr * depth;
+}
+
+// One panel: columns j.. of B [k, n], at most nr of them.
+static void mili_pack_panel(mil_real *dst, int64_t nr, const mil_real *b, int64_t b_row, int64_t b_col, int64_t width, int64_t k)
+{
+    if (width < nr) memset(dst, 0, (size_t)(nr * k) * sizeof *dst);
+    if (b_col == 1) {
+        for (int64_t p = 0; p < k; p++) memcpy(dst + p * nr, b + p * b_row, (size_t)width * sizeof *dst);
+        return;
+    }
+    int64_t j = 0;
+    for (; j + 4 <= width; j += 4) {                                     // four columns at a time: four streams read
+        const mil_real *s0 = b + j * b_col, *s1 = s0 + b_col, *s2 = s1 + b_col, *s3 = s2 + b_col;
+        for (int64_t p = 0; p < k; p++) {
+            mil_real *d = dst + p * nr + j;
+            d[0] = s0[p * b_row];
+            d[1] = s1[p * b_row];
+            d[2] = s2[p * b_row];
+            d[3] = s3[p * b_row];
+        }
+    }
+    for (; j < width; j++)
+        for (int64_t p = 0; p < k; p++) dst[p * nr + j] = b[p * b_row + j * b_col];
+}
+
+// Vectors of k reals, `step` apart in memory, zero padded to `padded`.
+static void mili_pack_vector(mil_real *dst, const mil_real *x, int64_t step, int64_t k, int64_t padded)
+{
+    if (step == 1) memcpy(dst, x, (size_t)k * sizeof *dst);
+    else
+        for (int64_t p = 0; p < k; p++) dst[p] = x[p * step];
+    for (int64_t p = k; p < padded; p++) dst[p] = 0;
+}
+
+MILI_FN void mili_gemm_pack_panels(const mili_kernels *K, mil_real *dst, const mil_real *b, int64_t b_row, int64_t b_col,
+                                   int64_t n, int64_t k, int64_t first, int64_t end)
+{
+    if (k == 0) return;
+    if (n <= MILI_THIN) {
+        const int64_t padded = mili_round_up(k, K->lanes);
+        if (first == 0 && end > 0)
+            for (int64_t j = 0; j < n; j++) mili_pack_vector(dst + j * padded, b + j * b_col, b_row, k, padded);
+        return;
+    }
+    for (int64_t i = first; i < end; i++) {
+        const int64_t j = i * K->nr;
+        mili_pack_panel(dst + j * k, K->nr, b + j * b_col, b_row, b_col, MILI_MIN(n - j, K->nr), k);
+    }
+}
+
+MILI_FN void mili_gemm_pack(const mili_kernels *K, mil_real *dst, const mil_real *b, int64_t b_row, int64_t b_col, int64_t n,
+                            int64_t k)
+{
+    mili_gemm_pack_panels(K, dst, b, b_row, b_col, n, k, 0, mili_gemm_panels(K, n));
+}
+
+// n <= MILI_THIN: four rows of A by one column of B at a time.
+static void mili_gemm_thin(const mili_kernels *K, const mili_gemm *g)
+{
+    mil_real rows[4 * MILI_KC_STEP], out[4];
+    const int64_t padded = mili_round_up(g->k, K->lanes);
+    for (int64_t p = 0; p < g->k; p += MILI_KC) {
+        const int64_t depth = MILI_MIN(g->k - p, MILI_KC), full = mili_round_up(depth, K->lanes);
+        const mil_real *b = g->packed ? g->packed + p : g->scratch;
+        const int64_t b_step = g->packed ? padded : full;
+        const int add = p > 0 || g->accumulate;
+        if (!g->packed)
+            for (int64_t j = 0; j < g->n; j++)
+                mili_pack_vector(g->scratch + j * full, g->b + p * g->b_row + j * g->b_col, g->b_row, depth, full);
+        for (int64_t i = 0; i < g->m; i += 4) {
+            const int64_t count = MILI_MIN(g->m - i, 4);
+            const mil_real *a = g->a + i * g->a_row + p * g->a_col;
+            int64_t a_row = g->a_row;
+            if (g->a_col != 1 || full != depth || count < 4) {           // rows that cannot be read as they stand
+                for (int64_t r = 0; r < count; r++)
+                    mili_pack_vector(rows + r * MILI_KC_STEP, a + r * g->a_row, g->a_col, depth, full);
+                for (int64_t r = count; r < 4; r++) memset(rows + r * MILI_KC_STEP, 0, (size_t)full * sizeof *rows);
+                a = rows;
+                a_row = MILI_KC_STEP;
+            }
+            for (int64_t j = 0; j < g->n; j++) {
+                K->dot4(out, a, a_row, b + j * b_step, full);
+                for (int64_t r = 0; r < count; r++) {
+                    mil_real *c = g->c + (i + r) * g->c_row + j;
+                    *c = (add ? *c : g->bias ? g->bias[j] : 0) + out[r];
+                }
+            }
+        }
+    }
+}
+
+// One tile of rows by all columns of one panel. A tile at the right edge is worked out aside, whole, and then cut.
+static void mili_gemm_panel(const mili_kernels *K, int64_t rows, int by_column, int64_t k, const mil_real *a, const mil_real *b,
+                            int64_t b_step, const mil_real *start, mil_real *c, int64_t c_row, int64_t width, int add)
+{
+    mil_real tile[MILI_MR_MAX * MILI_NR_MAX];
+    if (width == K->nr) {
+        K->tile(rows, by_column, k, a, b, b_step, start, c, c_row, add);
+        return;
+    }
+    memset(tile, 0, sizeof tile);
+    if (add)
+        for (int64_t r = 0; r < rows; r++) memcpy(tile + r * K->nr, c + r * c_row, (size_t)width * sizeof *c);
+    K->tile(rows, by_column, k, a, b, b_step, start, tile, K->nr, add);
+    for (int64_t r = 0; r < rows; r++) memcpy(c + r * c_row, tile + r * K->nr, (size_t)width * sizeof *c);
+}
+
+MILI_FN void mili_gemm_run(const mili_kernels *K, const mili_gemm *g)
+{
+    mil_real a_tile[MILI_MR_MAX * MILI_KC_STEP], start[MILI_NR_MAX];
+    const int64_t nr = K->nr, mr = K->mr, block = mili_gemm_block_panels(K, g->k) * nr;
+    if (g->k <= 0) {
+        if (g->accumulate) return;
+        for (int64_t i = 0; i < g->m; i++)
+            for (int64_t j = 0; j < g->n; j++) g->c[i * g->c_row + j] = g->bias ? g->bias[j] : 0;
+        return;
+    }
+    if (g->n <= MILI_THIN) {
+        mili_gemm_thin(K, g);
+        return;
+    }
+    for (int64_t j0 = 0; j0 < g->n; j0 += block) {
+        const int64_t j1 = MILI_MIN(j0 + block, g->n);
+        for (int64_t p = 0; p < g->k; p += MILI_KC) {
+            const int64_t depth = MILI_MIN(g->k - p, MILI_KC);
+            const int add = p > 0 || g->accumulate, by_column = g->a_row == 1 && g->a_col != 1;
+            // With few rows, whole panels of a row-major B are read where they stand: packing would cost more than the rest.
+            const int in_place = !g->packed && g->b_col == 1 && g->m <= mr;
+            if (!g->packed)
+                for (int64_t j = j0; j < j1; j += nr)
+                    if (!in_place || g->n - j < nr)
+                        mili_pack_panel(g->scratch + (j - j0) * depth, nr, g->b + p * g->b_row + j * g->b_col, g->b_row,
+                                        g->b_col, MILI_MIN(g->n - j, nr), depth);
+            for (int64_t i = 0; i < g->m; i += mr) {
+                const int64_t rows = MILI_MIN(g->m - i, mr);
+                const mil_real *a = g->a + i * g->a_row + p * g->a_col;
+                if (by_column) {                                         // rows side by side in memory: keep them so
+                    for (int64_t q = 0; q < depth; q++)
+                        memcpy(a_tile + q * mr, a + q * g->a_col, (size_t)rows * sizeof *a);
+                } else {
+                    for (int64_t r = 0; r < rows; r++)
+                        mili_pack_vector(a_tile + r * MILI_KC_STEP, a + r * g->a_row, g->a_col, depth, depth);
+                }
+                for (int64_t j = j0; j < j1; j += nr) {
+                    const int64_t width = MILI_MIN(g->n - j, nr);
+                    const mil_real *b = g->packed ? g->packed + j * g->k + p * nr : g->scratch + (j - j0) * depth;
+                    int64_t b_step = nr;
+                    if (in_place && width == nr) {
+                        b = g->b + p * g->b_row + j;
+                        b_step = g->b_row;
+                    }
+                    for (int64_t q = 0; q < nr; q++) start[q] = !add && g->bias && q < width ? g->bias[j + q] : 0;
+                    mili_gemm_panel(K, rows, by_column, depth, a_tile, b, b_step, start, g->c + i * g->c_row + j, g->c_row,
+                                    width, add);
+                }
+            }
+        }
+    }
+}
+
+// ---- softmax of a row ---------------------------------------------------------------------------------------------------
+// y = exp(x - max x) / sum. All -inf (everything masked) gives zeros; a NaN gives NaNs. Empty rows are fine.
+MILI_FN void mili_softmax_row(const mili_kernels *K, mil_real *y, const mil_real *x, int64_t n)
+{
+    const mil_real top = K->max(x, n);
+    if (mili_is_low(top)) {
+        for (int64_t i = 0; i < n; i++) y[i] = 0;
+        return;
+    }
+    K->scale(y, y, 1 / K->exp_sum(y, x, n, top), 0, n);
+}
+
+// ---- conversions --------------------------------------------------------------------------------------------------------
+
+#define MILI_CONVERT(type) \
+    for (int64_t i = 0; i < n; i++) { \
+        type x; \
+        memcpy(&x, s + i * (int64_t)sizeof x, sizeof x); \
+        dst[i] = (mil_real)x; \
+    }
+
+// dst[i] = src[i]; src is any memory, aligned or not. A bool is 0 or 1, whatever its byte.
+MILI_FN void mili_convert(const mili_kernels *K, mil_real *dst, const void *src, mil_dtype dtype, int64_t n)
+{
+    const unsigned char *s = (const unsigned char *)src;
+    if (n <= 0) return;
+    if (dtype == (MILI_REAL_IS_DOUBLE ? MIL_F64 : MIL_F32)) {
+        memcpy(dst, src, (size_t)n * sizeof *dst);
+        return;
+    }
+    switch (dtype) {
+    case MIL_F32:
+        MILI_CONVERT(float)
+        break;
+    case MIL_F64:
+        MILI_CONVERT(double)
+        break;
+    case MIL_F16: K->from_f16(dst, src, n); break;
+    case MIL_BF16: K->from_bf16(dst, src, n); break;
+    case MIL_I8: MILI_CONVERT(int8_t) break;
+    case MIL_U8: MILI_CONVERT(uint8_t) break;
+    case MIL_I16: MILI_CONVERT(int16_t) break;
+    case MIL_U16: MILI_CONVERT(uint16_t) break;
+    case MIL_I32: MILI_CONVERT(int32_t) break;
+    case MIL_U32: MILI_CONVERT(uint32_t) break;
+    case MIL_I64: MILI_CONVERT(int64_t) break;
+    case MIL_U64: MILI_CONVERT(uint64_t) break;
+    case MIL_BOOL:
+        for (int64_t i = 0; i < n; i++) dst[i] = s[i] != 0;
+        break;
+    }
+}
+
+// x in a 16-bit format with `fraction` bits of fraction and exponents up to `top`: nearest, ties to even.
+static uint16_t mili_narrow(double x, int fraction, int top)
+{
+    const uint64_t bits = mili_bits(x), sign = bits >> 63 << 15, infinite = (uint64_t)(2 * top + 1) << fraction;
+    const int exponent = (int)(bits >> 52 & 0x7ff) - 1023;
+    const uint64_t f = bits & 0xfffffffffffffull, whole = f | 1ull << 52;
+    int drop = 52 - fraction;                                            // bits to be rounded away
+    uint64_t y;
+    if (exponent == 1024) return (uint16_t)(sign | infinite | (f ? (f >> drop) | 1u << (fraction - 1) : 0));
+    if (exponent > top) return (uint16_t)(sign | infinite);
+    if (exponent < 1 - top) drop += 1 - top - exponent;                  // subnormal: fewer bits are left
+    if (drop > 54) return (uint16_t)sign;
+    y = whole >> drop;
+    if ((whole >> (drop - 1) & 1) && ((whole & ((1ull << (drop - 1)) - 1)) || (y & 1))) y++;
+    if (exponent >= 1 - top) y += (uint64_t)(exponent + top - 1) << fraction;      // the leading 1 counts one exponent
+    return (uint16_t)(sign | y);                                         // a carry runs on into the exponent, up to infinity
+}
+
+// dst[i] = src[i], rounded; dst may be unaligned. Returns 0, and writes nothing, for a dtype that is not a float.
+MILI_FN int mili_convert_back(void *dst, mil_dtype dtype, const mil_real *src, int64_t n)
+{
+    unsigned char *d = (unsigned char *)dst;
+    if (dtype != MIL_F32 && dtype != MIL_F64 && dtype != MIL_F16 && dtype != MIL_BF16) return 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (dtype == MIL_F32) {
+            const float x = (float)src[i];
+            memcpy(d + 4 * i, &x, 4);
+        } else if (dtype == MIL_F64) {
+            const double x = (double)src[i];
+            memcpy(d + 8 * i, &x, 8);
+        } else {
+            const uint16_t x = dtype == MIL_F16 ? mili_narrow((double)src[i], 10, 15) : mili_narrow((double)src[i], 7, 127);
+            memcpy(d + 2 * i, &x, 2);
+        }
+    }
+    return 1;
+}
+
+// ---- creating a context (after the kernels, which it chooses) ----
+MIL_DEF mil_context_options mil_context_options_default(void)
+{
+    mil_context_options options;
+    memset(&options, 0, sizeof options);
+    return options;
+}
+
+MIL_DEF mil_status mil_context_create(mil_context **out, const mil_context_options *options)
+{
+    mil_context_options o = options ? *options : mil_context_options_default();
+    mil_allocator allocator = o.allocator;
+    if (!out) return MIL_ERROR_ARGUMENT;
+    *out = NULL;
+    if (o.threads < 0 || (o.parallel.run && o.parallel.threads < 0)) return MIL_ERROR_ARGUMENT;
+    const mili_kernels *kernels = mili_kernels_choose(o.cpu);
+    if (!kernels) return MIL_ERROR_UNSUPPORTED;
+
+    if (o.memory) {                                        // the heap's head stands at the block's start, aligned
+        const size_t gap = (MILI_PIECE - (size_t)((uintptr_t)o.memory % MILI_PIECE)) % MILI_PIECE;
+        if (o.memory_size < gap + 4 * MILI_PIECE + sizeof(mil_context)) return MIL_ERROR_ARGUMENT;
+        mili_block_heap *heap = (mili_block_heap *)(void *)((char *)o.memory + gap);
+        heap->free = (mili_free_piece *)(void *)((char *)heap + MILI_PIECE);
+        heap->free->size = (o.memory_size - gap - MILI_PIECE) / MILI_PIECE * MILI_PIECE;
+        heap->free->next = NULL;
+        allocator.reallocate = mili_block_reallocate;
+        allocator.user = heap;
+    } else if (!allocator.reallocate) {
+        allocator.reallocate = mili_default_reallocate;
+    }
+
+    mil_context *ctx = (mil_context *)mili_allocate_with(&allocator, sizeof *ctx);
+    if (!ctx) return MIL_ERROR_NO_MEMORY;
+    memset(ctx, 0, sizeof *ctx);
+    ctx->allocator = allocator;
+    ctx->kernels = kernels;
+    ctx->threads = 1;
+    ctx->parallel = o.parallel;
+    if (o.parallel.run) {
+        ctx->threads = MILI_MAX(1, MILI_MIN(o.parallel.threads, MILI_MAX_SLOTS));
+    }
+#if MILI_THREADS
+    else if (o.threads != 1) {
+        const int wanted = MILI_MIN(o.threads ? o.threads : mili_cpu_count(), MILI_MAX_SLOTS);
+        if (wanted > 1) {
+            ctx->pool = mili_pool_create(ctx, wanted - 1);
+            if (!ctx->pool) { mil_context_free(ctx); return MIL_ERROR_NO_MEMORY; }
+            ctx->threads = ctx->pool->workers + 1;
+        }
+    }
+#endif
+    ctx->backend = o.backend;
+    if (ctx->backend && ctx->backend->open) {
+        const mil_status status = ctx->backend->open(&ctx->backend_self, ctx);
+        if (status != MIL_OK) {
+            ctx->backend = NULL;                           // it did not open, so it is not closed
+            mil_context_free(ctx);
+            return status;
+        }
+    }
+    mili_enter(ctx);
+    *out = ctx;
+    return MIL_OK;
+}
+
+MIL_DEF void mil_context_free(mil_context *ctx)
+{
+    if (!ctx) return;
+    if (ctx->backend && ctx->backend->close) ctx->backend->close(ctx->backend_self, ctx);
+#if MILI_THREADS
+    mili_pool_free(ctx, ctx->pool);
+#endif
+    mili_free(ctx, (void *)ctx->registered, (size_t)ctx->registered_count * sizeof *ctx->registered);
+    const mil_allocator allocator = ctx->allocator;
+    mili_release_with(&allocator, ctx, sizeof *ctx);
+}
+
+MIL_DEF const char *mil_context_cpu(const mil_context *ctx) { return ctx ? ctx->kernels->name : ""; }
+
+MIL_DEF mil_status mil_register(mil_context *ctx, const mil_architecture *architecture)
+{
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mili_enter(ctx);
+    if (!architecture || !architecture->name || !architecture->declare || !architecture->forward || architecture->config_count < 1)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_register: an architecture needs a name, a config, declare and forward");
+    const size_t old = (size_t)ctx->registered_count * sizeof *ctx->registered;
+    const mil_architecture **grown = (const mil_architecture **)mili_realloc(ctx, (void *)ctx->registered, old, old + sizeof *grown);
+    if (!grown) return MIL_ERROR_NO_MEMORY;
+    ctx->registered = grown;
+    ctx->registered[ctx->registered_count++] = architecture;
+    return MIL_OK;
+}
+
+// ==== >>record: nodes, shapes, random draws =======================================================================
+
+enum {                                                     // mil_node.flags
+    MILI_KEEP = 1,                                         // read after the run
+    MILI_WANTS_GRAD = 2,                                   // a parameter or marked input stands below it
+    MILI_DONE = 4,                                         // computed by an earlier run
+    MILI_NEEDED = 8,                                       // for the present plan
+    MILI_BACKWARD = 16                                     // recorded by mil_tape_backward
+};
+
+typedef struct mili_draw { const char *name; mil_tensor values; } mili_draw;
+typedef struct mili_update { mil_param *param; mil_node *value; } mili_update;
+typedef struct mili_plan mili_plan;
+typedef struct mili_workspace { char *memory; size_t bytes; } mili_workspace;
+
+struct mil_tape {
+    mil_context *ctx;
+    mili_arena   arena;                                    // nodes, names, plans: all gone at a reset
+    mil_node   **node;
+    int64_t      count, capacity;
+    int64_t      ran;                                      // nodes before this one belong to earlier runs
+    int          training, backward_done, in_backward;
+    unsigned     options;                                  // 1 << mil_tape_option
+    uint64_t     seed, step;
+    mili_draw   *draw;
+    int64_t      draw_count, draw_capacity;
+    mili_update *update;
+    int64_t      update_count, update_capacity, updates_ran;
+    mil_node   **used;                                     // hash table: leaf node of a parameter
+    int64_t      used_size, used_count;
+    struct { const char *name; int64_t times; } *drawn;    // names drawn so far, to number repeats
+    int64_t      drawn_count, drawn_capacity;
+    char         layer[256];                               // scopes pushed, joined by dots
+    const char  *layer_interned;
+    mil_status   status;
+    char         error[MILI_ERROR_SIZE];
+    mili_plan   *plan;                                     // of the last run, for reruns
+    mili_workspace *workspace;                             // one block per run since the reset, kept over a reset
+    int64_t      workspace_count, workspace_capacity, workspace_used;
+    char        *user_memory;
+    size_t       user_bytes, user_used;
+    int64_t      stream_rows;                              // > 0: rows of the bag so far, where the tape says `stream_capacity`
+    int64_t      stream_capacity;
+    const mil_node *streamed;                              // the input that is pushed
+};
+
+// What the planner and the executor know of a node.
+typedef struct mili_plan_node {
+    mil_node *converted;                                   // this foreign-dtype input as mil_real (or as index)
+    mil_node *base;                                        // whose memory this is: itself, or for a view the first non-view below
+    int       stage, group;
+    int       first, last;                                 // steps between which its memory is taken
+    int       place;                                       // MILI_PLACE_*
+    int       run;                                         // the workspace it lies in
+    size_t    offset, bytes;                               // in the workspace, or within a slot for a tile
+    size_t    state_offset, state_bytes;                   // reductions: of partition 0, of one partition
+    size_t    prepared_offset, prepared_bytes;
+    int       deferred;                                    // a reduction that runs over whole waves
+    char     *state, *prepared;
+    int64_t   row_base;                                    // a streamed input: the row that data points to
+} mili_plan_node;
+
+MIL_PRINTF(3, 4) MIL_DEF mil_node *mil_tape_fail(mil_tape *tape, mil_status status, const char *format, ...)
+{
+    if (!tape || tape->status != MIL_OK) return NULL;
+    tape->status = status;
+    size_t at = 0;
+    if (tape->layer[0]) at = (size_t)snprintf(tape->error, sizeof tape->error, "%s: ", tape->layer);
+    va_list args;
+    va_start(args, format);
+    vsnprintf(tape->error + at, sizeof tape->error - at, format, args);
+    va_end(args);
+    return NULL;
+}
+
+// The context's error becomes the tape's: for allocation failures while recording.
+MILI_FN mil_node *mili_tape_fail_ctx(mil_tape *tape)
+{
+    return mil_tape_fail(tape, tape->ctx->status, "%s", tape->ctx->error);
+}
+
+typedef struct mili_text { char s[160]; } mili_text;
+
+MILI_FN mili_text mili_shape_text(int rank, const int64_t *shape)          // "[1000, 512]"
+{
+    mili_text t;
+    size_t at = 0;
+    t.s[at++] = '[';
+    for (int a = 0; a < rank && at < sizeof t.s - 24; a++)
+        at += (size_t)snprintf(t.s + at, sizeof t.s - at, a ? ", %lld" : "%lld", (long long)shape[a]);
+    t.s[at++] = ']';
+    t.s[at] = 0;
+    return t;
+}
+#define MILI_SHAPE(n) (mili_shape_text((n)->rank, (n)->shape).s)
+
+MIL_DEF mil_status mil_tape_create(mil_context *ctx, mil_tape **out)
+{
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mili_enter(ctx);
+    if (!out) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_tape_create: out is NULL");
+    *out = (mil_tape *)mili_alloc_zero(ctx, sizeof **out);
+    if (!*out) return MIL_ERROR_NO_MEMORY;
+    (*out)->ctx = ctx;
+    (*out)->layer_interned = "";
+    return MIL_OK;
+}
+
+MILI_FN void mili_backend_release(mil_context *ctx, void *p, size_t bytes)
+{
+    if (!p) return;
+    if (!ctx->backend) mili_free(ctx, p, bytes);
+    else ctx->backend->release(ctx->backend_self, ctx, p, bytes);
+}
+
+MILI_FN void *mili_backend_alloc(mil_context *ctx, size_t bytes)
+{
+    if (!ctx->backend) return mili_alloc(ctx, bytes);
+    void *p = ctx->backend->allocate(ctx->backend_self, ctx, bytes);
+    if (!p) mili_fail(ctx, MIL_ERROR_NO_MEMORY, "backend %s: no memory for %llu bytes", ctx->backend->name, (unsigned long long)bytes);
+    return p;
+}
+
+MILI_FN int mili_host_memory(const mil_context *ctx) { return !ctx->backend || ctx->backend->host_memory; }
+
+MILI_FN mil_status mili_upload(mil_context *ctx, void *dst, const void *src, size_t bytes)
+{
+    if (bytes == 0) return MIL_OK;
+    if (mili_host_memory(ctx)) { memmove(dst, src, bytes); return MIL_OK; }
+    if (ctx->backend->upload(ctx->backend_self, dst, src, bytes) == MIL_OK) return MIL_OK;
+    return mili_fail(ctx, MIL_ERROR_BACKEND, "backend %s: upload of %llu bytes failed", ctx->backend->name, (unsigned long long)bytes);
+}
+
+MILI_FN mil_status mili_download(mil_context *ctx, void *dst, const void *src, size_t bytes)
+{
+    if (bytes == 0) return MIL_OK;
+    if (mili_host_memory(ctx)) { memmove(dst, src, bytes); return MIL_OK; }
+    if (ctx->backend->download(ctx->backend_self, dst, src, bytes) == MIL_OK) return MIL_OK;
+    return mili_fail(ctx, MIL_ERROR_BACKEND, "backend %s: download of %llu bytes failed", ctx->backend->name, (unsigned long long)bytes);
+}
+
+MIL_DEF void mil_tape_free(mil_tape *tape)
+{
+    if (!tape) return;
+    mil_context *ctx = tape->ctx;
+    for (int64_t i = 0; i < tape->workspace_count; i++) mili_backend_release(ctx, tape->workspace[i].memory, tape->workspace[i].bytes);
+    mili_free(ctx, tape->workspace, (size_t)tape->workspace_capacity * sizeof *tape->workspace);
+    mili_free(ctx, (void *)tape->node, (size_t)tape->capacity * sizeof *tape->node);
+    mili_free(ctx, tape->draw, (size_t)tape->draw_capacity * sizeof *tape->draw);
+    mili_free(ctx, tape->drawn, (size_t)tape->drawn_capacity * sizeof *tape->drawn);
+    mili_free(ctx, tape->update, (size_t)tape->update_capacity * sizeof *tape->update);
+    mili_free(ctx, (void *)tape->used, (size_t)tape->used_size * sizeof *tape->used);
+    mili_arena_free(ctx, &tape->arena);
+    mili_free(ctx, tape, sizeof *tape);
+}
+
+MIL_DEF void mil_tape_reset(mil_tape *tape)
+{
+    if (!tape) return;
+    mili_arena_reset(&tape->arena);
+    if (tape->used) memset((void *)tape->used, 0, (size_t)tape->used_size * sizeof *tape->used);
+    tape->count = tape->ran = tape->draw_count = tape->drawn_count = tape->update_count = tape->updates_ran = tape->used_count = 0;
+    tape->backward_done = tape->in_backward = 0;
+    tape->layer[0] = 0;
+    tape->layer_interned = "";
+    tape->status = MIL_OK;
+    tape->error[0] = 0;
+    tape->plan = NULL;
+    tape->workspace_used = 0;
+    tape->user_used = 0;
+    tape->stream_rows = tape->stream_capacity = 0;
+    tape->streamed = NULL;
+}
+
+MIL_DEF mil_context *mil_tape_context(mil_tape *tape) { return tape ? tape->ctx : NULL; }
+MIL_DEF void mil_tape_training(mil_tape *tape, int on) { if (tape) tape->training = on != 0; }
+MIL_DEF int mil_tape_is_training(const mil_tape *tape) { return tape ? tape->training : 0; }
+MIL_DEF mil_status mil_tape_status(const mil_tape *tape) { return tape ? tape->status : MIL_ERROR_ARGUMENT; }
+
+MIL_DEF void mil_tape_seed(mil_tape *tape, uint64_t seed, uint64_t step)
+{
+    if (!tape) return;
+    tape->seed = seed;
+    tape->step = step;
+}
+
+MIL_DEF void mil_tape_set(mil_tape *tape, mil_tape_option option, int value)
+{
+    if (!tape) return;
+    if (value) tape->options |= 1u << option;
+    else tape->options &= ~(1u << option);
+}
+
+MIL_DEF void mil_tape_draw(mil_tape *tape, const char *name, const mil_tensor *values)
+{
+    if (!tape) return;
+    if (!name || !values || !values->data || mil_tensor_count(values) < 0) {
+        mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_tape_draw: needs a name and values");
+        return;
+    }
+    if (!mili_reserve(tape->ctx, (void **)&tape->draw, &tape->draw_capacity, tape->draw_count + 1, sizeof *tape->draw)) {
+        mili_tape_fail_ctx(tape);
+        return;
+    }
+    mili_draw *d = &tape->draw[tape->draw_count];
+    d->name = mili_arena_text(tape->ctx, &tape->arena, name);
+    d->values = *values;
+    if (!d->name) mili_tape_fail_ctx(tape);
+    else tape->draw_count++;
+}
+
+MIL_DEF void mil_tape_push(mil_tape *tape, const char *layer)
+{
+    if (!tape || !layer) return;
+    const size_t at = strlen(tape->layer);
+    snprintf(tape->layer + at, sizeof tape->layer - at, at ? ".%s" : "%s", layer);
+    tape->layer_interned = NULL;
+}
+
+MIL_DEF void mil_tape_pop(mil_tape *tape)
+{
+    if (!tape) return;
+    char *dot = strrchr(tape->layer, '.');
+    *(dot ? dot : tape->layer) = 0;
+    tape->layer_interned = NULL;
+}
+
+// ---- recording ----
+MIL_DEF mil_spec mil_spec_make(const mil_op *op, mil_kind kind, int rank, const int64_t *shape)
+{
+    mil_spec s;
+    memset(&s, 0, sizeof s);
+    s.op = op;
+    s.kind = kind;
+    s.dtype = MIL_REAL_DTYPE;
+    s.rank = rank;
+    for (int a = 0; a < rank && a < MIL_MAX_RANK; a++) s.shape[a] = shape[a];
+    return s;
+}
+
+// All fields of a node but its links. NULL after an error.
+MILI_FN mil_node *mili_node_new(mil_tape *tape, const mil_op *op, mil_kind kind, mil_dtype dtype, int rank, const int64_t *shape)
+{
+    if (tape->status != MIL_OK) return NULL;
+    if (rank < 0 || rank > MIL_MAX_RANK)
+        return mil_tape_fail(tape, MIL_ERROR_SHAPE, "%s: rank %d, the most is %d", op->name, rank, MIL_MAX_RANK);
+    const int64_t count = mili_shape_count(rank, shape);
+    if (count < 0) return mil_tape_fail(tape, MIL_ERROR_SHAPE, "%s: shape %s is negative or too large", op->name, mili_shape_text(rank, shape).s);
+    mil_node *n = (mil_node *)mili_arena_alloc(tape->ctx, &tape->arena, sizeof *n);
+    mili_plan_node *plan = (mili_plan_node *)mili_arena_alloc(tape->ctx, &tape->arena, sizeof *plan);
+    if (!tape->layer_interned) tape->layer_interned = mili_arena_text(tape->ctx, &tape->arena, tape->layer);
+    if (!n || !plan || !tape->layer_interned) return mili_tape_fail_ctx(tape);
+    if (!mili_reserve(tape->ctx, (void **)&tape->node, &tape->capacity, tape->count + 1, sizeof *tape->node)) return mili_tape_fail_ctx(tape);
+    n->op = op;
+    n->tape = tape;
+    n->kind = kind;
+    n->dtype = dtype;
+    n->rank = rank;
+    for (int a = 0; a < rank; a++) n->shape[a] = shape[a];
+    n->count = count;
+    n->cols = rank ? shape[rank - 1] : 1;
+    n->rows = n->cols ? count / n->cols : mili_shape_count(rank - 1, shape);
+    n->outer = 1;
+    n->plan = plan;
+    n->layer = tape->layer_interned;
+    n->index = tape->count;
+    plan->base = n;
+    if (tape->in_backward) n->flags |= MILI_BACKWARD;
+    tape->node[tape->count++] = n;
+    return n;
+}
+
+MIL_DEF mil_node *mil_record(mil_tape *tape, const mil_spec *spec)
+{
+    if (!tape || tape->status != MIL_OK) return NULL;
+    if (!spec || !spec->op || !spec->op->name) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_record: no op");
+    const char *name = spec->op->name;
+    if (spec->input_count < 0 || spec->input_count > MIL_MAX_INPUTS)
+        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: %d inputs, the most is %d", name, spec->input_count, MIL_MAX_INPUTS);
+    for (int i = 0; i < spec->input_count; i++) {
+        if (!spec->input[i]) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: input %d is NULL", name, i);
+        if (spec->input[i]->tape != tape) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: input %d is of another tape", name, i);
+    }
+    mil_node *n = mili_node_new(tape, spec->op, spec->kind, spec->dtype, spec->rank, spec->shape);
+    if (!n) return NULL;
+    if (spec->kind == MIL_KIND_REDUCE) { n->outer = spec->outer; n->rows = spec->rows; }
+    n->input_count = spec->input_count;
+    n->row_inputs = spec->row_inputs;
+    memcpy(n->i, spec->i, sizeof n->i);
+    memcpy(n->r, spec->r, sizeof n->r);
+    n->p = spec->p;
+    int wants = 0;
+    for (int i = 0; i < spec->input_count; i++) {
+        n->input[i] = spec->input[i];
+        wants |= (spec->input[i]->flags & MILI_WANTS_GRAD) != 0;
+    }
+    if (spec->kind == MIL_KIND_VIEW) n->plan->base = n->input[0]->plan->base;
+    if (wants && n->dtype == MIL_REAL_DTYPE && !(spec->op->flags & MIL_OP_STOPS_GRADIENT)) {
+        n->flags |= MILI_WANTS_GRAD;
+        if (tape->training && !tape->in_backward && !spec->op->grad)
+            return mil_tape_fail(tape, MIL_ERROR_UNSUPPORTED, "%s: has no gradient, but a parameter stands below it", name);
+    }
+    return n;
+}
+
+MIL_DEF mil_node *mil_node_second(mil_node *n, mil_dtype dtype, int rank, const int64_t *shape);
+
+MIL_DEF void mil_node_keep(mil_node *node) { if (node) node->flags |= MILI_KEEP; }
+
+MIL_DEF int mil_wants_grad(const mil_node *x) { return x && (x->flags & MILI_WANTS_GRAD); }
+
+// ---- leaves ----
+MILI_FN void mili_run_nothing(const mil_exec *x) { MILI_UNUSED(x); }
+static const mil_op mili_op_input = { "input", mili_run_nothing, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0 };
+static const mil_op mili_op_param = { "parameter", mili_run_nothing, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0 };
+static const mil_op mili_op_second = { "second result", mili_run_nothing, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, MIL_OP_STOPS_GRADIENT };
+
+MIL_DEF mil_node *mil_node_second(mil_node *n, mil_dtype dtype, int rank, const int64_t *shape)
+{
+    if (!n) return NULL;
+    mil_node *s = mili_node_new(n->tape, &mili_op_second, n->kind, dtype, rank, shape);
+    if (!s) return NULL;
+    s->input_count = 1;                                    // so that needing it means needing n
+    s->input[0] = n;
+    n->second = s;
+    return s;
+}
+
+MILI_FN int mili_tensor_packed(const mil_tensor *t)
+{
+    int64_t step = (int64_t)mil_dtype_size(t->dtype);
+    int any = 0;
+    for (int a = 0; a < t->rank; a++) any |= t->stride[a] != 0;
+    if (!any) return 1;
+    for (int a = t->rank - 1; a >= 0; a--) {
+        if (t->shape[a] != 1 && t->stride[a] != step) return 0;
+        step *= t->shape[a];
+    }
+    return 1;
+}
+
+// Strides in bytes, also for a packed tensor that left them zero.
+MILI_FN void mili_tensor_strides(const mil_tensor *t, int64_t *stride)
+{
+    int64_t step = (int64_t)mil_dtype_size(t->dtype);
+    const int packed = mili_tensor_packed(t);
+    for (int a = t->rank - 1; a >= 0; a--) {
+        stride[a] = packed ? step : t->stride[a];
+        step *= t->shape[a];
+    }
+}
+
+MIL_DEF mil_node *mil_input(mil_tape *tape, const char *name, const mil_tensor *t)
+{
+    if (!tape || tape->status != MIL_OK) return NULL;
+    const char *label = name ? name : "input";
+    if (!t) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: no tensor", label);
+    if (mil_tensor_count(t) < 0) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: the tensor has no valid dtype, rank or shape", label);
+    if (!t->data && mil_tensor_count(t) > 0) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: the tensor's data is NULL", label);
+    mil_node *n = mili_node_new(tape, &mili_op_input, MIL_KIND_LEAF, t->dtype, t->rank, t->shape);
+    if (!n) return NULL;
+    mil_tensor *copy = (mil_tensor *)mili_arena_alloc(tape->ctx, &tape->arena, sizeof *copy);
+    if (!copy) return mili_tape_fail_ctx(tape);
+    *copy = *t;
+    n->p = copy;
+    return n;
+}
+
+MILI_FN mil_tensor *mili_input_tensor(const mil_node *input)
+{
+    union { const void *c; void *m; } u;                   // the copy was made by mil_input; only its `data` changes
+    u.c = input->p;
+    return (mil_tensor *)u.m;
+}
+
+// Whether ops can read the input where it stands.
+MILI_FN int mili_input_direct(const mil_node *n)
+{
+    const mil_tensor *t = (const mil_tensor *)n->p;
+    const size_t align = t->dtype == MIL_I64 ? sizeof(int64_t) : sizeof(mil_real);
+    return (t->dtype == MIL_REAL_DTYPE || t->dtype == MIL_I64) && mili_tensor_packed(t) && (uintptr_t)t->data % align == 0;
+}
+
+MIL_DEF mil_status mil_input_set(mil_node *input, const void *data)
+{
+    if (!input) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = input->tape->ctx;
+    mili_enter(ctx);
+    if (input->op != &mili_op_input) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_input_set: not an input but %s", input->op->name);
+    const int direct = mili_input_direct(input);
+    mil_tensor *t = mili_input_tensor(input);
+    void *old = t->data;
+    memcpy(&t->data, &data, sizeof data);
+    if (!data || (direct && !mili_input_direct(input))) {
+        t->data = old;
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_input_set: data is %s", data ? "less aligned than before" : "NULL");
+    }
+    return MIL_OK;
+}
+
+MIL_DEF mil_node *mil_use(mil_tape *tape, mil_param *param)
+{
+    if (!tape || tape->status != MIL_OK) return NULL;
+    if (!param) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_use: param is NULL");
+    if (2 * (tape->used_count + 1) > tape->used_size) {                     // grow and rehash
+        const int64_t size = tape->used_size ? 2 * tape->used_size : 64;
+        mil_node **table = (mil_node **)mili_alloc_zero(tape->ctx, (size_t)size * sizeof *table);
+        if (!table) return mili_tape_fail_ctx(tape);
+        for (int64_t i = 0; i < tape->used_size; i++) {
+            if (!tape->used[i]) continue;
+            uint64_t at = mili_mix((uint64_t)(uintptr_t)tape->used[i]->p) & (uint64_t)(size - 1);
+            while (table[at]) at = (at + 1) & (uint64_t)(size - 1);
+            table[at] = tape->used[i];
+        }
+        mili_free(tape->ctx, (void *)tape->used, (size_t)tape->used_size * sizeof *tape->used);
+        tape->used = table;
+        tape->used_size = size;
+    }
+    uint64_t at = mili_mix((uint64_t)(uintptr_t)param) & (uint64_t)(tape->used_size - 1);
+    for (; tape->used[at]; at = (at + 1) & (uint64_t)(tape->used_size - 1))
+        if (tape->used[at]->p == param) return tape->used[at];
+    mil_node *n = mili_node_new(tape, &mili_op_param, MIL_KIND_LEAF, param->dtype, param->rank, param->shape);
+    if (!n) return NULL;
+    n->p = param;
+    if (param->trainable && !param->frozen) n->flags |= MILI_WANTS_GRAD;
+    tape->used[at] = n;
+    tape->used_count++;
+    return n;
+}
+
+MILI_FN mil_param *mili_node_param(const mil_node *n)
+{
+    union { const void *c; void *m; } u;                   // a leaf made by mil_use, whose param is not const
+    u.c = n->p;
+    return (mil_param *)u.m;
+}
+
+MIL_DEF void mil_update(mil_param *param, mil_node *value)
+{
+    if (!value) return;
+    mil_tape *tape = value->tape;
+    if (tape->status != MIL_OK) return;
+    if (!param || param->count != value->count || param->dtype != value->dtype) {
+        mil_tape_fail(tape, MIL_ERROR_SHAPE, "mil_update: %s %s cannot take a value %s", param ? param->key : "NULL",
+                      param ? mili_shape_text(param->rank, param->shape).s : "", MILI_SHAPE(value));
+        return;
+    }
+    if (!mili_reserve(tape->ctx, (void **)&tape->update, &tape->update_capacity, tape->update_count + 1, sizeof *tape->update)) {
+        mili_tape_fail_ctx(tape);
+        return;
+    }
+    tape->update[tape->update_count].param = param;
+    tape->update[tape->update_count++].value = value;
+}
+
+// ---- gradients are recorded ----
+#ifndef MIL_NO_TRAINING
+MIL_DEF void mil_node_want_grad(mil_node *input) { if (input) input->flags |= MILI_WANTS_GRAD; }
+MIL_DEF mil_node *mil_node_grad(mil_node *x) { return x ? x->grad : NULL; }
+
+MIL_DEF void mil_add_grad(mil_node *x, mil_node *dx)
+{
+    if (!x || !dx || !mil_wants_grad(x)) return;
+    if (x->count != dx->count) {
+        mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "gradient of %s %s came as %s", x->op->name, MILI_SHAPE(x), MILI_SHAPE(dx));
+        return;
+    }
+    x->grad = x->grad ? mil_add(x->grad, dx) : dx;
+}
+
+// Walks back from each node that has a gradient. Nodes recorded meanwhile lie beyond `end` and are not walked.
+MILI_FN mil_status mili_backward_walk(mil_tape *tape)
+{
+    const int64_t end = tape->count;
+    tape->in_backward = 1;
+    for (int64_t i = end - 1; i >= 0 && tape->status == MIL_OK; i--) {
+        mil_node *n = tape->node[i];
+        if (!n->grad || !(n->flags & MILI_WANTS_GRAD) || n->kind == MIL_KIND_LEAF || n->flags & MILI_BACKWARD) continue;
+        snprintf(tape->layer, sizeof tape->layer, "%s", n->layer);
+        tape->layer_interned = n->layer;
+        if (n->op->grad) n->op->grad(n, n->grad);
+        else mil_tape_fail(tape, MIL_ERROR_UNSUPPORTED, "%s: has no gradient", n->op->name);
+    }
+    tape->in_backward = 0;
+    tape->layer[0] = 0;
+    tape->layer_interned = NULL;
+    return tape->status;
+}
+
+MIL_DEF mil_status mil_tape_backward(mil_tape *tape, mil_node *loss)
+{
+    if (!tape) return MIL_ERROR_ARGUMENT;
+    if (tape->status != MIL_OK) return tape->status;
+    if (!loss || loss->tape != tape) mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_tape_backward: no loss on this tape");
+    else if (loss->count != 1) mil_tape_fail(tape, MIL_ERROR_SHAPE, "mil_tape_backward: the loss is one number, this is %s", MILI_SHAPE(loss));
+    else if (tape->backward_done) mil_tape_fail(tape, MIL_ERROR_STATE, "mil_tape_backward: once per tape");
+    else {
+        tape->backward_done = 1;
+        tape->in_backward = 1;
+        if (mil_wants_grad(loss)) loss->grad = mil_constant(tape, loss->rank, loss->shape, 1);
+        mili_backward_walk(tape);
+    }
+    return tape->status;
+}
+
+// The gradient of sum over i of <y[i], dy[i]>, for parts that have several results and no loss.
+MIL_DEF mil_status mil_tape_backward_from(mil_tape *tape, mil_node *const *y, mil_node *const *dy, int count)
+{
+    if (!tape) return MIL_ERROR_ARGUMENT;
+    if (tape->status != MIL_OK) return tape->status;
+    if (tape->backward_done) mil_tape_fail(tape, MIL_ERROR_STATE, "mil_tape_backward_from: once per tape");
+    tape->backward_done = 1;
+    tape->in_backward = 1;
+    for (int i = 0; i < count && tape->status == MIL_OK; i++) {
+        if (!y[i] || !dy[i]) mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_tape_backward_from: result or cotangent %d is NULL", i);
+        else mil_add_grad(y[i], dy[i]);
+    }
+    return mili_backward_walk(tape);
+}
+#endif
+
+// ==== >>plan: stages, row groups, buffers =========================================================================
+//
+// Before a run the needed nodes are sorted into steps, and each value is given a place.
+//
+// Row groups. Most of a MIL model is row-wise over the instances (embed, gate, score) and ends in reductions over rows
+// (attention pooling, weight gradients). All ROWS and REDUCE nodes over the same number of rows that need nothing of each
+// other but rows form a group, and a group is run tile by tile: 128 rows go through all of its nodes before the next 128
+// are touched. A value that only its own group reads never exists whole; it lives in a tile, which stays in cache.
+//
+// Stages. stage(n) is the earliest stage at which n can run: a row node stands in the same stage as the row nodes it reads
+// row by row, and one stage after anything that must be complete first (a reduction, or rows that are read whole). Within a
+// stage the WHOLE nodes run first, then one group per row count. ABMIL's training step thus has two large groups: the forward
+// pass up to the pooling, and everything behind it.
+//
+// Reductions keep one state per partition; tile t belongs to partition t mod 16, and partitions are merged in order. So sums
+// do not depend on threads, and a stream that does not know N yet gives the bits of a whole bag. Reductions with a large
+// result (weight gradients) would need 16 large states; they are deferred instead: run over a wave of 4096 rows at a time,
+// parallel over the result, rows in order.
+//
+// Places. Whole values share one workspace: two values may overlap when they never live at the same time.
+
+enum { MILI_TILE_ROWS = 128, MILI_PARTITIONS = 16, MILI_WAVE_ROWS = 4096, MILI_DEFERRED_STATE = 65536, MILI_TILE_BYTES = 4 << 20 };
+enum { MILI_PLACE_NONE, MILI_PLACE_OUTSIDE, MILI_PLACE_FULL, MILI_PLACE_TILE, MILI_PLACE_WAVE };
+
+typedef struct mili_step {
+    mil_node  **node;                                      // one WHOLE node, or a group's nodes in the order of recording
+    int         count;
+    int         group;                                     // 1: ROWS and REDUCE nodes, by tiles
+    int64_t     rows, tile_rows, wave_rows;
+    int         partitions;
+    size_t      slot_offset, slot_bytes, scratch_bytes;    // a slot: tiles, then scratch
+} mili_step;
+
+struct mili_plan {
+    mili_plan  *next;                                      // of the next run of the same tape
+    mili_step  *step;
+    int         step_count;
+    int         slots;
+    size_t      bytes;                                     // of workspace
+    int64_t     begin, end;                                // nodes recorded for this run
+    int64_t     update_begin, update_end;
+    int         run;                                       // its workspace
+    char       *memory;
+};
+
+// A piece of memory that is taken from step `first` to step `last`.
+typedef struct mili_span { size_t bytes; size_t *offset; int first, last; } mili_span;
+
+// Gives each span an offset such that spans that live at the same time do not overlap. Largest first, each at the lowest
+// place that is free throughout its life. Returns the total, or SIZE_MAX after an allocation failure.
+MILI_FN size_t mili_pack_spans(mil_context *ctx, mili_span *span, int count, int share)
+{
+    size_t total = 0;
+    if (count == 0) return 0;
+    int *order = (int *)mili_alloc(ctx, (size_t)count * 2 * sizeof *order);
+    if (!order) return SIZE_MAX;
+    int *placed = order + count;                           // by offset
+    for (int i = 0; i < count; i++) order[i] = i;
+    for (int gap = count / 2; gap > 0; gap /= 2)           // Shell's sort, ties by position
+        for (int i = gap; i < count; i++) {
+            const int o = order[i];
+            int j = i;
+            for (; j >= gap; j -= gap) {
+                const int p = order[j - gap];
+                if (span[p].bytes > span[o].bytes || (span[p].bytes == span[o].bytes && p < o)) break;
+                order[j] = p;
+            }
+            order[j] = o;
+        }
+    int n = 0;
+    for (int i = 0; i < count; i++) {
+        mili_span *s = &span[order[i]];
+        size_t at = 0;
+        for (int j = 0; j < n; j++) {
+            const mili_span *p = &span[placed[j]];
+            if (share && (p->last < s->first || s->last < p->first)) continue;
+            if (*p->offset >= at + s->bytes && *p->offset >= at) break;     // a gap before p is large enough
+            at = MILI_MAX(at, *p->offset + p->bytes);
+        }
+        *s->offset = at;
+        total = MILI_MAX(total, at + s->bytes);
+        int j = n++;
+        for (; j > 0 && *span[placed[j - 1]].offset > at; j--) placed[j] = placed[j - 1];
+        placed[j] = order[i];
+    }
+    mili_free(ctx, order, (size_t)count * 2 * sizeof *order);
+    return total;
+}
+
+MILI_INLINE size_t mili_align_up(size_t bytes) { return (bytes + MILI_ALIGN - 1) / MILI_ALIGN * MILI_ALIGN; }
+MILI_INLINE const mil_node *mili_main(const mil_node *n) { return n->op == &mili_op_second ? n->input[0] : n; }
+
+// Rows of one pass over n: the row space that decides its group. 0: not a row node.
+MILI_FN int64_t mili_row_space(const mil_node *n)
+{
+    const mil_node *m = mili_main(n);
+    if (m->kind == MIL_KIND_ROWS) return m->rows;
+    if (m->kind == MIL_KIND_REDUCE && m->outer == 1) return m->rows;
+    return 0;
+}
+
+// Elements of one row of input i as n reads it.
+MILI_FN int64_t mili_input_row(const mil_node *n, int i)
+{
+    const int64_t rows = n->outer * n->rows;
+    return rows ? n->input[i]->count / rows : 0;
+}
+
+// Whether c reads input i row by row, so that both can stand in one group.
+MILI_FN int mili_reads_rows(const mil_node *c, int i)
+{
+    const mil_node *in = c->input[i], *base = in->plan->base;
+    if (!(c->row_inputs >> i & 1) || mili_row_space(c) == 0) return 0;
+    return mili_main(base)->kind == MIL_KIND_ROWS && base->rows == c->rows && in->rows == c->rows && in->count / MILI_MAX(c->rows, 1) == in->cols;
+}
+
+MILI_FN size_t mili_row_bytes(const mil_node *n) { return (size_t)n->cols * mil_dtype_size(n->dtype); }
+MILI_FN size_t mili_node_bytes(const mil_node *n) { return (size_t)n->count * mil_dtype_size(n->dtype); }
+
+// ---- what is needed, and when it can run ----
+MILI_FN mil_status mili_mark_needed(mil_tape *tape)
+{
+    for (int64_t i = tape->ran; i < tape->count; i++) {
+        tape->node[i]->flags &= ~(unsigned)MILI_NEEDED;
+        if (tape->node[i]->flags & MILI_KEEP) tape->node[i]->flags |= MILI_NEEDED;
+    }
+    for (int64_t i = tape->updates_ran; i < tape->update_count; i++) tape->update[i].value->flags |= MILI_NEEDED;
+    for (int64_t i = tape->count - 1; i >= tape->ran; i--) {
+        mil_node *n = tape->node[i];
+        if (!(n->flags & MILI_NEEDED)) continue;
+        for (int j = 0; j < n->input_count; j++) {
+            mil_node *in = n->input[j];
+            in->flags |= MILI_NEEDED;
+            const mil_node *base = in->plan->base;
+            if (base->index < tape->ran && base->kind != MIL_KIND_LEAF && !(base->flags & MILI_KEEP)) {
+                mil_tape_fail(tape, MIL_ERROR_STATE, "%s %s: of an earlier run and not kept; keep it before that run", base->op->name, MILI_SHAPE(base));
+                return tape->status;
+            }
+        }
+    }
+    return MIL_OK;
+}
+
+MILI_FN int mili_assign_stages(mil_tape *tape, int groups)
+{
+    int stages = 1;
+    for (int64_t i = tape->ran; i < tape->count; i++) {
+        mil_node *n = tape->node[i];
+        if (!(n->flags & MILI_NEEDED)) continue;
+        int stage = 0;
+        for (int j = 0; j < n->input_count; j++) {
+            const mil_node *in = n->input[j]->plan->base, *main = mili_main(in);
+            if (in->index < tape->ran || in->kind == MIL_KIND_LEAF) continue;
+            int s = in->plan->stage;
+            if (n->op == &mili_op_second || n->kind == MIL_KIND_VIEW) s += 0;
+            else if (mili_row_space(main) && !mili_reads_rows(n, j)) s += 1;
+            stage = MILI_MAX(stage, s);
+        }
+        n->plan->stage = groups ? stage : (int)(i - tape->ran);
+        if (n->op == &mili_op_second || n->kind == MIL_KIND_VIEW) n->plan->stage = n->input[0]->plan->base->index < tape->ran ? 0 : n->input[0]->plan->stage;
+        if (n->kind == MIL_KIND_VIEW && n->input[0]->kind == MIL_KIND_LEAF) n->plan->stage = 0;
+        stages = MILI_MAX(stages, n->plan->stage + 1);
+    }
+    return stages;
+}
+
+// Whether the node takes part in the run itself (views, leaves and second results have no kernel call of their own).
+MILI_FN int mili_runs(const mil_node *n)
+{
+    return (n->flags & MILI_NEEDED) && n->kind != MIL_KIND_LEAF && n->kind != MIL_KIND_VIEW && n->op != &mili_op_second;
+}
+
+MILI_FN mil_status mili_make_steps(mil_tape *tape, mili_plan *plan, int stages, int groups)
+{
+    mil_context *ctx = tape->ctx;
+    int64_t nodes = 0;
+    for (int64_t i = tape->ran; i < tape->count; i++) nodes += mili_runs(tape->node[i]);
+    plan->step = (mili_step *)mili_arena_alloc(ctx, &tape->arena, (size_t)MILI_MAX(nodes, 1) * sizeof *plan->step);
+    mil_node **list = (mil_node **)mili_arena_alloc(ctx, &tape->arena, (size_t)MILI_MAX(nodes, 1) * sizeof *list);
+    if (!plan->step || !list) return MIL_ERROR_NO_MEMORY;
+
+    // Nodes by stage, in the order of recording: a counting sort, so that deep models stay linear.
+    int64_t *start = (int64_t *)mili_alloc_zero(ctx, (size_t)(stages + 1) * sizeof *start);
+    mil_node **sorted = (mil_node **)mili_alloc(ctx, (size_t)MILI_MAX(nodes, 1) * sizeof *sorted);
+    if (!start || !sorted) goto done;
+    for (int64_t i = tape->ran; i < tape->count; i++) if (mili_runs(tape->node[i])) start[tape->node[i]->plan->stage + 1]++;
+    for (int s = 0; s < stages; s++) start[s + 1] += start[s];
+    for (int64_t i = tape->ran; i < tape->count; i++) if (mili_runs(tape->node[i])) sorted[start[tape->node[i]->plan->stage]++] = tape->node[i];
+    for (int s = stages; s > 0; s--) start[s] = start[s - 1];
+    start[0] = 0;
+
+    for (int s = 0; s < stages; s++) {
+        for (int64_t i = start[s]; i < start[s + 1]; i++) {                  // what needs whole values
+            if (mili_row_space(sorted[i]) > 0 && !(ctx->backend && !groups)) continue;
+            mili_step *step = &plan->step[plan->step_count++];
+            step->node = list;
+            step->count = 1;
+            *list++ = sorted[i];
+            sorted[i]->plan->group = -1;
+        }
+        for (int64_t i = start[s]; i < start[s + 1]; i++) {                  // then a group per row space
+            if (sorted[i]->plan->group == -1 || sorted[i]->plan->group == -2) continue;
+            const int64_t rows = mili_row_space(sorted[i]);
+            mili_step *step = &plan->step[plan->step_count++];
+            step->node = list;
+            step->group = 1;
+            step->rows = rows;
+            for (int64_t j = i; j < start[s + 1]; j++) {
+                if (sorted[j]->plan->group == -1 || sorted[j]->plan->group == -2 || mili_row_space(sorted[j]) != rows) continue;
+                *list++ = sorted[j];
+                step->count++;
+                sorted[j]->plan->group = -2;
+            }
+        }
+    }
+done:
+    mili_free(ctx, start, (size_t)(stages + 1) * sizeof *start);
+    mili_free(ctx, (void *)sorted, (size_t)MILI_MAX(nodes, 1) * sizeof *sorted);
+    return start && sorted ? MIL_OK : MIL_ERROR_NO_MEMORY;
+}
+
+// ---- where values live ----
+// Life times, and whether a row value is read by anything but its own group.
+MILI_FN void mili_assign_places(mil_tape *tape, mili_plan *plan)
+{
+    for (int64_t i = tape->ran; i < tape->count; i++) {
+        mili_plan_node *p = tape->node[i]->plan;
+        p->first = INT_MAX;
+        p->last = -1;
+        p->place = MILI_PLACE_NONE;
+        p->deferred = 0;
+    }
+    for (int s = 0; s < plan->step_count; s++)
+        for (int k = 0; k < plan->step[s].count; k++) {
+            mil_node *n = plan->step[s].node[k];
+            mil_node *made[2];
+            made[0] = n;
+            made[1] = n->second && (n->second->flags & MILI_NEEDED) ? n->second : NULL;
+            for (int m = 0; m < 2; m++) {
+                if (!made[m]) continue;
+                made[m]->plan->first = made[m]->plan->last = s;
+                made[m]->plan->place = plan->step[s].group && n->kind == MIL_KIND_ROWS ? MILI_PLACE_TILE : MILI_PLACE_FULL;
+            }
+            n->plan->deferred = n->kind == MIL_KIND_REDUCE && plan->step[s].group && n->op->run && n->op->state_bytes(n) > MILI_DEFERRED_STATE;
+        }
+    for (int s = 0; s < plan->step_count; s++)
+        for (int k = 0; k < plan->step[s].count; k++) {
+            mil_node *n = plan->step[s].node[k];
+            for (int j = 0; j < n->input_count; j++) {
+                mil_node *base = n->input[j]->plan->base;
+                mili_plan_node *p = base->plan;
+                if (base->index < tape->ran || base->kind == MIL_KIND_LEAF) continue;
+                p->last = MILI_MAX(p->last, s);
+                if (p->place == MILI_PLACE_FULL) continue;
+                if (p->first != s || !mili_reads_rows(n, j)) p->place = MILI_PLACE_FULL;
+                else if (n->plan->deferred) p->place = MILI_PLACE_WAVE;
+            }
+        }
+    for (int64_t i = tape->ran; i < tape->count; i++) {
+        mil_node *n = tape->node[i], *base = n->plan->base;
+        if (!(n->flags & MILI_NEEDED) || base->kind == MIL_KIND_LEAF || base->index < tape->ran) continue;
+        if (n->flags & MILI_KEEP) { base->flags |= MILI_KEEP; base->plan->place = MILI_PLACE_FULL; base->plan->last = plan->step_count; }
+    }
+    for (int64_t i = plan->update_begin; i < plan->update_end; i++) {
+        mil_node *base = tape->update[i].value->plan->base;
+        if (base->kind == MIL_KIND_LEAF) continue;
+        base->plan->place = MILI_PLACE_FULL;
+        base->plan->last = plan->step_count;
+    }
+    if (tape->options & (1u << MIL_TAPE_NO_REUSE))
+        for (int64_t i = tape->ran; i < tape->count; i++)
+            if (tape->node[i]->plan->place != MILI_PLACE_NONE) tape->node[i]->plan->place = MILI_PLACE_FULL;
+}
+
+// The layout of one slot of a group: its tiles, shared within the group, then scratch.
+MILI_FN mil_status mili_plan_slot(mil_tape *tape, mili_step *step, mili_span *span)
+{
+    size_t row = 0;
+    step->scratch_bytes = 0;
+    step->wave_rows = step->rows;
+    for (int k = 0; k < step->count; k++) {
+        mil_node *n = step->node[k];
+        row += mili_row_bytes(n);
+        if (n->op->scratch) step->scratch_bytes = MILI_MAX(step->scratch_bytes, mili_align_up(n->op->scratch(n)));
+        if (n->plan->deferred) step->wave_rows = MILI_MIN(step->rows, MILI_WAVE_ROWS);
+    }
+    step->tile_rows = MILI_TILE_ROWS;
+    while (step->tile_rows > 8 && row > MILI_TILE_BYTES / (size_t)step->tile_rows) step->tile_rows /= 2;
+    step->partitions = MILI_PARTITIONS;
+
+    int spans = 0;
+    for (int k = 0; k < step->count; k++) {
+        for (int m = 0; m < 2; m++) {
+            mil_node *n = m ? step->node[k]->second : step->node[k];
+            if (!n || n->plan->place != MILI_PLACE_TILE) continue;
+            int last = k;
+            for (int j = k + 1; j < step->count; j++)
+                for (int i = 0; i < step->node[j]->input_count; i++)
+                    if (step->node[j]->input[i]->plan->base == n) last = j;
+            mili_span *s = &span[spans++];
+            s->bytes = mili_align_up((size_t)step->tile_rows * mili_row_bytes(n));
+            s->offset = &n->plan->offset;
+            s->first = k;
+            s->last = last;
+        }
+    }
+    const size_t tiles = mili_pack_spans(tape->ctx, span, spans, 1);
+    if (tiles == SIZE_MAX) return MIL_ERROR_NO_MEMORY;
+    step->slot_bytes = tiles + step->scratch_bytes;
+    return MIL_OK;
+}
+
+MILI_FN void mili_add_span(mili_span *span, int *count, size_t bytes, size_t *offset, int first, int last)
+{
+    *offset = 0;
+    if (bytes == 0) return;
+    mili_span *s = &span[(*count)++];
+    s->bytes = mili_align_up(bytes);
+    s->offset = offset;
+    s->first = first;
+    s->last = last;
+}
+
+// Plans the nodes recorded since the last run. The plan lives in the tape's arena. NULL after an error.
+MILI_FN mili_plan *mili_make_plan(mil_tape *tape)
+{
+    mil_context *ctx = tape->ctx;
+    if (mili_mark_needed(tape) != MIL_OK) return NULL;
+    mili_plan *plan = (mili_plan *)mili_arena_alloc(ctx, &tape->arena, sizeof *plan);
+    if (!plan) return NULL;
+    const int groups = !ctx->backend && !(tape->options & (1u << MIL_TAPE_NO_GROUPS));
+    plan->slots = ctx->threads;
+    plan->begin = tape->ran;
+    plan->end = tape->count;
+    plan->update_begin = tape->updates_ran;
+    plan->update_end = tape->update_count;
+    for (int64_t i = tape->ran; i < tape->count; i++) tape->node[i]->plan->group = 0;
+    const int stages = mili_assign_stages(tape, groups);
+    if (mili_make_steps(tape, plan, stages, groups) != MIL_OK) return NULL;
+    mili_assign_places(tape, plan);
+
+    const size_t room = (size_t)(4 * (tape->count - tape->ran) + plan->step_count + 1);
+    mili_span *span = (mili_span *)mili_alloc(ctx, room * sizeof *span);
+    if (!span) return NULL;
+    const int end = plan->step_count;
+    const int share = !(tape->options & (1u << MIL_TAPE_NO_REUSE));
+    int count = 0, ok = 1;
+    for (int s = 0; s < plan->step_count && ok; s++) {
+        mili_step *step = &plan->step[s];
+        if (step->group) ok = mili_plan_slot(tape, step, span) == MIL_OK;
+        else {
+            const mil_node *n = step->node[0];
+            step->scratch_bytes = n->op->scratch ? mili_align_up(n->op->scratch(n)) : 0;
+            if (n->kind == MIL_KIND_REDUCE) step->scratch_bytes += mili_align_up(n->op->state_bytes(n));
+            step->slot_bytes = step->scratch_bytes;
+        }
+    }
+    for (int s = 0; s < plan->step_count && ok; s++) {
+        mili_step *step = &plan->step[s];
+        const int last = tape->stream_capacity && step->group && step->rows == tape->stream_capacity ? end : s;    // a stream's states stay
+        mili_add_span(span, &count, step->slot_bytes * (size_t)plan->slots, &step->slot_offset, s, last);
+        for (int k = 0; k < step->count; k++) {
+            mil_node *n = step->node[k];
+            mili_plan_node *p = n->plan;
+            p->state_bytes = step->group && n->kind == MIL_KIND_REDUCE && !p->deferred ? mili_align_up(n->op->state_bytes(n)) : 0;
+            mili_add_span(span, &count, p->state_bytes * (size_t)step->partitions, &p->state_offset, s, last);
+            p->prepared_bytes = step->group && n->op->prepare_bytes ? mili_align_up(n->op->prepare_bytes(n)) : 0;
+            mili_add_span(span, &count, p->prepared_bytes, &p->prepared_offset, s, last);
+            for (int m = 0; m < 2; m++) {
+                mil_node *v = m ? n->second : n;
+                if (!v || (m && !(v->flags & MILI_NEEDED))) continue;
+                size_t bytes = 0;
+                if (v->plan->place == MILI_PLACE_FULL) bytes = mili_node_bytes(v);
+                else if (v->plan->place == MILI_PLACE_WAVE) bytes = (size_t)step->wave_rows * mili_row_bytes(v);
+                else continue;
+                v->plan->bytes = bytes;
+                mili_add_span(span, &count, bytes ? bytes : 1, &v->plan->offset, s, MILI_MAX(v->plan->last, last));
+            }
+        }
+    }
+    if (ok && !mili_host_memory(ctx))                      // inputs are copied to the backend
+        for (int64_t i = tape->ran; i < tape->count; i++) {
+            mil_node *n = tape->node[i];
+            if (n->op != &mili_op_input || !(n->flags & MILI_NEEDED)) continue;
+            n->plan->bytes = mili_node_bytes(n);
+            mili_add_span(span, &count, n->plan->bytes, &n->plan->offset, 0, end);
+        }
+    MIL_ASSERT((size_t)count <= room);
+    plan->bytes = ok ? mili_pack_spans(ctx, span, count, share) : SIZE_MAX;
+    mili_free(ctx, span, room * sizeof *span);
+    return plan->bytes == SIZE_MAX ? NULL : plan;
+}
+
+MIL_DEF size_t mil_tape_bytes(mil_tape *tape)
+{
+    if (!tape || tape->status != MIL_OK) return 0;
+    mili_enter(tape->ctx);
+    const mili_plan *plan = mili_make_plan(tape);
+    return plan ? plan->bytes + MILI_ALIGN : 0;
+}
+
+MIL_DEF void mil_tape_workspace(mil_tape *tape, void *memory, size_t bytes)
+{
+    if (!tape) return;
+    tape->user_memory = (char *)memory;
+    tape->user_bytes = memory ? bytes : 0;
+    tape->user_used = 0;
+}
+
+// ==== >>execute: the CPU backend, running a tape ==================================================================
+
+typedef struct mili_area { mili_slots *slots; char *memory; size_t bytes; } mili_area;       // scratch, one block per slot
+
+typedef struct mili_parallel_job {
+    const mili_area *area;
+    void (*task)(void *arg, int64_t index, void *scratch);
+    void *arg;
+} mili_parallel_job;
+
+MILI_FN void mili_parallel_task(void *arg, int64_t index)
+{
+    const mili_parallel_job *job = (const mili_parallel_job *)arg;
+    const int slot = mili_slot_take(job->area->slots);
+    job->task(job->arg, index, job->area->memory + (size_t)slot * job->area->bytes);
+    mili_slot_give(job->area->slots, slot);
+}
+
+MIL_DEF void mil_exec_parallel(const mil_exec *x, int64_t count, void (*task)(void *arg, int64_t index, void *scratch), void *arg)
+{
+    mili_parallel_job job;
+    job.area = (const mili_area *)x->area;
+    job.task = task;
+    job.arg = arg;
+    mili_parallel(x->ctx, count, mili_parallel_task, &job);
+}
+
+// Where the rows of `v` from `row` on stand, when slot memory and the wave's first row are these; v is read by rows or whole.
+MILI_FN char *mili_value_at(const mil_node *v, int by_rows, size_t row_bytes, int64_t row, char *slot, int64_t wave)
+{
+    const mil_node *base = v->plan->base;
+    const mili_plan_node *p = base->plan;
+    char *at = (char *)base->data;
+    if (p->place == MILI_PLACE_TILE && base->kind != MIL_KIND_LEAF) return slot + p->offset;
+    if (!by_rows) return at;
+    if (base->kind == MIL_KIND_LEAF) return at + (size_t)(row - p->row_base) * row_bytes;
+    return at + (size_t)(p->place == MILI_PLACE_WAVE ? row - wave : row) * row_bytes;
+}
+
+typedef struct mili_frame { mil_exec x; const void *in[MIL_MAX_INPUTS]; } mili_frame;
+
+// Everything a kernel is told, for rows [row, row + rows) of n.
+MILI_FN void mili_frame_set(mili_frame *f, mil_context *ctx, const mil_node *n, int64_t row, int64_t rows, char *slot, int64_t wave)
+{
+    mil_exec *x = &f->x;
+    memset(x, 0, sizeof *x);
+    x->ctx = ctx;
+    x->node = n;
+    x->in = f->in;
+    x->row = row;
+    x->rows = rows;
+    x->all_rows = n->rows;
+    x->kernels = ctx->kernels;
+    for (int i = 0; i < n->input_count; i++) {
+        const int by_rows = n->row_inputs >> i & 1;
+        const size_t row_bytes = by_rows ? (size_t)mili_input_row(n, i) * mil_dtype_size(n->input[i]->dtype) : 0;
+        f->in[i] = mili_value_at(n->input[i], by_rows, row_bytes, row, slot, wave);
+    }
+    const int out_rows = n->kind == MIL_KIND_ROWS;
+    x->out = mili_value_at(n, out_rows, out_rows ? mili_row_bytes(n) : 0, row, slot, wave);
+    if (n->second && n->second->plan->place != MILI_PLACE_NONE)
+        x->second = mili_value_at(n->second, out_rows, out_rows ? mili_row_bytes(n->second) : 0, row, slot, wave);
+    x->prepared = n->plan->prepared;
+}
+
+// ---- a group, by tiles ----
+typedef struct mili_group {
+    mil_tape *tape;
+    const mili_plan *plan;
+    const mili_step *step;
+    char *memory;                                          // workspace
+    int64_t begin, end, all_rows;                          // rows of this call; begin is a multiple of the tile
+    mili_slots slots;
+} mili_group;
+
+MILI_FN void mili_group_task(void *arg, int64_t partition)
+{
+    mili_group *g = (mili_group *)arg;
+    const mili_step *step = g->step;
+    mil_context *ctx = g->tape->ctx;
+    const int index = mili_slot_take(&g->slots);
+    char *slot = g->memory + step->slot_offset + (size_t)index * step->slot_bytes;
+    void *scratch = slot + step->slot_bytes - step->scratch_bytes;
+    const int64_t tile_rows = step->tile_rows;
+    int64_t tile = g->begin / tile_rows;
+    tile += (partition - tile % step->partitions + step->partitions) % step->partitions;
+    mili_frame f;
+    for (; tile * tile_rows < g->end; tile += step->partitions) {
+        const int64_t row = tile * tile_rows, rows = MILI_MIN(tile_rows, g->end - row);
+        for (int k = 0; k < step->count; k++) {
+            const mil_node *n = step->node[k];
+            if (n->plan->deferred) continue;
+            mili_frame_set(&f, ctx, n, row, rows, slot, g->begin);
+            f.x.all_rows = g->all_rows;
+            f.x.scratch = scratch;
+            if (n->kind == MIL_KIND_ROWS) n->op->run(&f.x);
+            else {
+                f.x.state = n->plan->state + (size_t)partition * n->plan->state_bytes;
+                n->op->step(&f.x);
+            }
+        }
+    }
+    mili_slot_give(&g->slots, index);
+}
+
+MILI_FN void mili_group_open(mili_group *g, mil_tape *tape, const mili_plan *plan, const mili_step *step, char *memory)
+{
+    memset(g, 0, sizeof *g);
+    g->tape = tape;
+    g->plan = plan;
+    g->step = step;
+    g->memory = memory;
+    g->slots.count = plan->slots;
+    g->all_rows = step->rows;
+}
+
+// Before the first rows: packed weights, empty states.
+MILI_FN void mili_group_begin(mili_group *g)
+{
+    const mili_step *step = g->step;
+    mili_frame f;
+    for (int k = 0; k < step->count; k++) {
+        const mil_node *n = step->node[k];
+        if (n->plan->prepared_bytes) {
+            mili_area area;
+            n->plan->prepared = g->memory + n->plan->prepared_offset;
+            area.slots = &g->slots;
+            area.memory = g->memory + step->slot_offset;
+            area.bytes = step->slot_bytes;
+            mili_frame_set(&f, g->tape->ctx, n, 0, 0, area.memory, 0);
+            f.x.area = &area;
+            n->op->prepare(&f.x);
+        }
+        if (n->kind != MIL_KIND_REDUCE || n->plan->deferred) continue;
+        n->plan->state = g->memory + n->plan->state_offset;
+        for (int p = 0; p < step->partitions; p++) {
+            mili_frame_set(&f, g->tape->ctx, n, 0, 0, NULL, 0);
+            f.x.state = n->plan->state + (size_t)p * n->plan->state_bytes;
+            n->op->begin(&f.x);
+        }
+    }
+}
+
+// Rows [begin, end), begin a multiple of the tile: wave by wave, the deferred reductions after each wave.
+MILI_FN void mili_group_rows(mili_group *g, int64_t begin, int64_t end)
+{
+    const mili_step *step = g->step;
+    const int64_t wave = MILI_MAX(step->wave_rows, step->tile_rows);
+    for (int64_t row = begin; row < end; row += wave) {
+        g->begin = row;
+        g->end = MILI_MIN(end, row + wave);
+        const int64_t tiles = (g->end - g->begin + step->tile_rows - 1) / step->tile_rows;
+        if (tiles == 1) mili_group_task(g, row / step->tile_rows % step->partitions);
+        else mili_parallel(g->tape->ctx, step->partitions, mili_group_task, g);
+        for (int k = 0; k < step->count; k++) {
+            const mil_node *n = step->node[k];
+            if (!n->plan->deferred) continue;
+            mili_area area;
+            mili_frame f;
+            area.slots = &g->slots;
+            area.memory = g->memory + step->slot_offset + (step->slot_bytes - step->scratch_bytes);
+            area.bytes = step->slot_bytes;
+            mili_frame_set(&f, g->tape->ctx, n, row, g->end - row, NULL, row);
+            f.x.area = &area;
+            n->op->run(&f.x);
+        }
+    }
+}
+
+typedef struct mili_finish_job { mili_group *g; int64_t tiles; } mili_finish_job;
+
+MILI_FN void mili_group_finish_node(void *arg, int64_t index)
+{
+    const mili_finish_job *job = (const mili_finish_job *)arg;
+    const mili_step *step = job->g->step;
+    const mil_node *n = step->node[index];
+    if (n->kind != MIL_KIND_REDUCE || n->plan->deferred) return;
+    mili_frame f;
+    mili_frame_set(&f, job->g->tape->ctx, n, 0, job->g->all_rows, NULL, 0);
+    f.x.all_rows = job->g->all_rows;
+    f.x.state = n->plan->state;
+    for (int p = 1; p < step->partitions && p < job->tiles; p++)
+        n->op->merge(&f.x, n->plan->state, n->plan->state + (size_t)p * n->plan->state_bytes);
+    n->op->finish(&f.x);
+}
+
+// After the last row: merges partitions in order and writes the results.
+MILI_FN void mili_group_finish(mili_group *g, int64_t rows)
+{
+    mili_finish_job job;
+    job.g = g;
+    job.tiles = (rows + g->step->tile_rows - 1) / g->step->tile_rows;
+    g->all_rows = rows;
+    mili_parallel(g->tape->ctx, g->step->count, mili_group_finish_node, &job);
+}
+
+// ---- one node alone ----
+typedef struct mili_reduce_job { mil_context *ctx; const mil_node *n; const void *const *in; void *out, *second; char *states; size_t state_bytes; mili_slots *slots; } mili_reduce_job;
+
+// A reduction that is no part of a group: one state per outer slice, rows in order.
+MILI_FN void mili_reduce_slice(void *arg, int64_t outer)
+{
+    const mili_reduce_job *job = (const mili_reduce_job *)arg;
+    const mil_node *n = job->n;
+    const int slot = mili_slot_take(job->slots);
+    const void *in[MIL_MAX_INPUTS];
+    mil_exec x;
+    memset(&x, 0, sizeof x);
+    x.ctx = job->ctx;
+    x.node = n;
+    x.in = in;
+    x.rows = x.all_rows = n->rows;
+    x.kernels = job->ctx->kernels;
+    x.state = job->states + (size_t)slot * job->state_bytes;
+    x.scratch = job->states + (size_t)slot * job->state_bytes + mili_align_up(n->op->state_bytes(n));
+    for (int i = 0; i < n->input_count; i++) {
+        const size_t slice = n->row_inputs >> i & 1 ? (size_t)(n->input[i]->count / n->outer) * mil_dtype_size(n->input[i]->dtype) : 0;
+        in[i] = (const char *)job->in[i] + (size_t)outer * slice;
+    }
+    x.out = (char *)job->out + (size_t)outer * (mili_node_bytes(n) / (size_t)n->outer);
+    if (job->second) x.second = (char *)job->second + (size_t)outer * (mili_node_bytes(n->second) / (size_t)n->outer);
+    n->op->begin(&x);
+    if (n->rows) n->op->step(&x);
+    n->op->finish(&x);
+    mili_slot_give(job->slots, slot);
+}
+
+// Runs n whole: inputs, results and scratch are set in x; area->bytes holds scratch and, for a reduction, its state.
+MILI_FN void mili_run_whole(mil_exec *x, const mili_area *area)
+{
+    const mil_node *n = x->node;
+    x->area = area;
+    x->scratch = area->memory;
+    if (n->kind == MIL_KIND_REDUCE) {
+        mili_reduce_job job;
+        job.ctx = x->ctx;
+        job.n = n;
+        job.in = x->in;
+        job.out = x->out;
+        job.second = x->second;
+        job.states = area->memory;
+        job.state_bytes = area->bytes;
+        job.slots = area->slots;
+        if (n->count > 0 && n->outer > 0) mili_parallel(x->ctx, n->outer, mili_reduce_slice, &job);
+        return;
+    }
+    x->row = 0;
+    x->rows = x->all_rows = n->rows;
+    n->op->run(x);
+}
+
+MIL_DEF void mil_cpu_run(mil_context *ctx, mil_node *node)
+{
+    mili_frame f;
+    mili_slots slots;
+    mili_area area;
+    memset(&slots, 0, sizeof slots);
+    memset(&f, 0, sizeof f);
+    slots.count = ctx->threads;
+    size_t scratch = node->op->scratch ? mili_align_up(node->op->scratch(node)) : 0;
+    if (node->kind == MIL_KIND_REDUCE) scratch += mili_align_up(node->op->state_bytes(node));
+    scratch = MILI_MAX(scratch, MILI_ALIGN);
+    char *memory = (char *)mili_alloc(ctx, scratch * (size_t)slots.count);
+    const size_t prepared = node->kind == MIL_KIND_ROWS && node->op->prepare_bytes ? node->op->prepare_bytes(node) : 0;
+    char *packed = prepared ? (char *)mili_alloc(ctx, prepared) : NULL;
+    if (memory && (!prepared || packed)) {
+        area.slots = &slots;
+        area.memory = memory;
+        area.bytes = scratch;
+        f.x.ctx = ctx;
+        f.x.node = node;
+        f.x.in = f.in;
+        f.x.kernels = ctx->kernels;
+        for (int i = 0; i < node->input_count; i++) f.in[i] = node->input[i]->data;
+        f.x.out = node->data;
+        f.x.second = node->second ? node->second->data : NULL;
+        f.x.area = &area;
+        f.x.prepared = packed;
+        if (prepared) node->op->prepare(&f.x);
+        mili_run_whole(&f.x, &area);
+    }
+    mili_free(ctx, packed, prepared);
+    mili_free(ctx, memory, scratch * (size_t)slots.count);
+}
+
+// On another backend: runs there what it supports; the rest on the CPU, over copies unless memory is shared.
+MILI_FN mil_status mili_run_on_backend(mil_context *ctx, mil_node *n)
+{
+    const mil_backend *backend = ctx->backend;
+    if (backend->supports(ctx->backend_self, n)) {
+        mil_node *one[1];
+        one[0] = n;
+        if (backend->run(ctx->backend_self, ctx, one, 1) == MIL_OK) return MIL_OK;
+        return mili_fail(ctx, MIL_ERROR_BACKEND, "backend %s: %s %s failed", backend->name, n->op->name, MILI_SHAPE(n));
+    }
+    ctx->fallbacks++;
+    if (backend->host_memory) { mil_cpu_run(ctx, n); return ctx->status; }
+    mil_node *value[MIL_MAX_INPUTS + 2];
+    void *there[MIL_MAX_INPUTS + 2], *here[MIL_MAX_INPUTS + 2];
+    int count = 0, ok = 1;
+    for (int i = 0; i < n->input_count + 2; i++) {
+        mil_node *v = i < n->input_count ? n->input[i] : i == n->input_count ? n : n->second;
+        int seen = v == NULL || v->data == NULL;
+        for (int j = 0; j < count; j++) seen |= value[j] == v;
+        if (seen) continue;
+        value[count] = v;
+        there[count] = v->data;
+        here[count] = mili_alloc(ctx, mili_node_bytes(v));
+        ok &= here[count] != NULL || mili_node_bytes(v) == 0;
+        count++;
+    }
+    backend->synchronize(ctx->backend_self);
+    for (int i = 0; i < count && ok; i++) {
+        if (value[i] != n && value[i] != n->second) ok = mili_download(ctx, here[i], there[i], mili_node_bytes(value[i])) == MIL_OK;
+        value[i]->data = here[i];
+    }
+    if (ok) mil_cpu_run(ctx, n);
+    for (int i = 0; i < count; i++) {
+        value[i]->data = there[i];
+        if (ok && (value[i] == n || value[i] == n->second)) ok = mili_upload(ctx, there[i], here[i], mili_node_bytes(value[i])) == MIL_OK;
+        mili_free(ctx, here[i], mili_node_bytes(value[i]));
+    }
+    return ctx->status;
+}
+
+// ---- a run ----
+// Points every node to its memory.
+MILI_FN mil_status mili_bind(mil_tape *tape, mili_plan *plan)
+{
+    mil_context *ctx = tape->ctx;
+    for (int64_t i = 0; i < plan->end; i++) {
+        mil_node *n = tape->node[i];
+        if (!(n->flags & MILI_NEEDED)) continue;
+        if (n->op == &mili_op_param) n->data = mili_node_param(n)->data;
+        else if (n->op == &mili_op_input) {
+            n->data = mili_input_tensor(n)->data;
+            if (!mili_host_memory(ctx) && i >= plan->begin) {
+                n->data = plan->memory + n->plan->offset;
+                if (!mili_tensor_packed((const mil_tensor *)n->p))
+                    return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "backend %s: inputs must be packed", ctx->backend->name);
+                if (mili_upload(ctx, n->data, mili_input_tensor(n)->data, mili_node_bytes(n)) != MIL_OK) return ctx->status;
+            }
+        } else if (n->kind == MIL_KIND_VIEW) n->data = n->plan->base->data;
+        else if (i >= plan->begin) {
+            const int place = n->plan->place;
+            n->data = place == MILI_PLACE_FULL || place == MILI_PLACE_WAVE ? plan->memory + n->plan->offset : NULL;
+        }
+    }
+    return MIL_OK;
+}
+
+MILI_FN void mili_poison_dead(mil_tape *tape, const mili_plan *plan, int step_index)
+{
+    const mili_step *step = &plan->step[step_index];
+    if (!mili_host_memory(tape->ctx)) return;
+    for (int64_t i = plan->begin; i < plan->end; i++) {
+        const mil_node *n = tape->node[i];
+        const mili_plan_node *p = n->plan;
+        if (!(n->flags & MILI_NEEDED) || n->kind == MIL_KIND_VIEW || n->kind == MIL_KIND_LEAF) continue;
+        if ((p->place == MILI_PLACE_FULL || p->place == MILI_PLACE_WAVE) && p->last == step_index) memset(plan->memory + p->offset, 0xff, p->bytes);
+    }
+    if (step->slot_bytes) memset(plan->memory + step->slot_offset, 0xff, step->slot_bytes * (size_t)plan->slots);
+}
+
+MILI_FN mil_status mili_run_step(mil_tape *tape, mili_plan *plan, mili_step *step)
+{
+    mil_context *ctx = tape->ctx;
+    if (ctx->backend) return mili_run_on_backend(ctx, step->node[0]);
+    if (step->group) {
+        mili_group g;
+        const int64_t rows = tape->stream_capacity && step->rows == tape->stream_capacity ? tape->stream_rows : step->rows;
+        mili_group_open(&g, tape, plan, step, plan->memory);
+        g.all_rows = rows;
+        mili_group_begin(&g);
+        mili_group_rows(&g, 0, rows);
+        mili_group_finish(&g, rows);
+        return ctx->status;
+    }
+    mili_frame f;
+    mili_slots slots;
+    mili_area area;
+    memset(&slots, 0, sizeof slots);
+    slots.count = plan->slots;
+    area.slots = &slots;
+    area.memory = plan->memory + step->slot_offset;
+    area.bytes = step->slot_bytes;
+    mili_frame_set(&f, ctx, step->node[0], 0, step->node[0]->rows, NULL, 0);
+    mili_run_whole(&f.x, &area);
+    return ctx->status;
+}
+
+MILI_FN mil_status mili_apply_updates(mil_tape *tape, const mili_plan *plan)
+{
+    for (int64_t i = plan->update_begin; i < plan->update_end; i++) {
+        const mili_update *u = &tape->update[i];
+        mil_context *ctx = tape->ctx;
+        if (mili_host_memory(ctx)) memmove(u->param->data, u->value->data, mili_node_bytes(u->value));
+        else {
+            void *copy = mili_alloc(ctx, mili_node_bytes(u->value));
+            if (!copy) return ctx->status;
+            if (mili_download(ctx, copy, u->value->data, mili_node_bytes(u->value)) == MIL_OK) mili_upload(ctx, u->param->data, copy, mili_node_bytes(u->value));
+            mili_free(ctx, copy, mili_node_bytes(u->value));
+        }
+        u->param->version++;
+    }
+    return tape->ctx->status;
+}
+
+MILI_FN mil_status mili_run_plan(mil_tape *tape, mili_plan *plan)
+{
+    mil_context *ctx = tape->ctx;
+    if (mili_bind(tape, plan) != MIL_OK) return ctx->status;
+    for (int s = 0; s < plan->step_count; s++) {
+        if (mili_run_step(tape, plan, &plan->step[s]) != MIL_OK) return ctx->status;
+        if (tape->options & (1u << MIL_TAPE_POISON)) mili_poison_dead(tape, plan, s);
+    }
+    return mili_apply_updates(tape, plan);
+}
+
+// A block of `bytes` for this run: the caller's, or one kept from an earlier recording, or a new one.
+MILI_FN char *mili_take_workspace(mil_tape *tape, size_t bytes)
+{
+    mil_context *ctx = tape->ctx;
+    if (tape->user_memory) {
+        const size_t gap = (MILI_ALIGN - (size_t)((uintptr_t)(tape->user_memory + tape->user_used) % MILI_ALIGN)) % MILI_ALIGN;
+        if (tape->user_bytes - tape->user_used < gap || tape->user_bytes - tape->user_used - gap < bytes) {
+            mili_fail(ctx, MIL_ERROR_NO_MEMORY, "the caller's workspace of %llu bytes is too small: %llu are needed",
+                      (unsigned long long)tape->user_bytes, (unsigned long long)(tape->user_used + gap + bytes));
+            return NULL;
+        }
+        char *at = tape->user_memory + tape->user_used + gap;
+        tape->user_used += gap + bytes;
+        return at;
+    }
+    if (!mili_reserve(ctx, (void **)&tape->workspace, &tape->workspace_capacity, tape->workspace_used + 1, sizeof *tape->workspace)) return NULL;
+    if (tape->workspace_used == tape->workspace_count) {
+        tape->workspace[tape->workspace_count].memory = NULL;
+        tape->workspace[tape->workspace_count++].bytes = 0;
+    }
+    mili_workspace *w = &tape->workspace[tape->workspace_used];
+    if (w->bytes < bytes || !w->memory) {
+        mili_backend_release(ctx, w->memory, w->bytes);
+        w->bytes = 0;
+        w->memory = (char *)mili_backend_alloc(ctx, MILI_MAX(bytes, MILI_ALIGN));
+        if (!w->memory) return NULL;
+        w->bytes = MILI_MAX(bytes, MILI_ALIGN);
+    }
+    tape->workspace_used++;
+    return w->memory;
+}
+
+MILI_FN mil_status mili_tape_check(mil_tape *tape)
+{
+    if (!tape) return MIL_ERROR_ARGUMENT;
+    mili_enter(tape->ctx);
+    return tape->status == MIL_OK ? MIL_OK : mili_fail(tape->ctx, tape->status, "%s", tape->error);
+}
+
+// Plans what is new and gives it memory. *out NULL when nothing is new.
+MILI_FN mil_status mili_plan_run(mil_tape *tape, mili_plan **out)
+{
+    *out = NULL;
+    if (tape->count == tape->ran && tape->update_count == tape->updates_ran) return MIL_OK;
+    mili_plan *plan = mili_make_plan(tape);
+    if (!plan) {
+        if (tape->status != MIL_OK) mili_fail(tape->ctx, tape->status, "%s", tape->error);
+        return tape->ctx->status;
+    }
+    plan->memory = mili_take_workspace(tape, plan->bytes);
+    if (!plan->memory) return tape->ctx->status;
+    *out = plan;
+    return MIL_OK;
+}
+
+// The plan has run: its nodes are of the past.
+MILI_FN void mili_plan_done(mil_tape *tape, mili_plan *plan)
+{
+    mili_plan **last = &tape->plan;
+    while (*last) last = &(*last)->next;
+    *last = plan;
+    tape->ran = plan->end;
+    tape->updates_ran = plan->update_end;
+}
+
+MIL_DEF mil_status mil_tape_run(mil_tape *tape)
+{
+    mili_plan *plan;
+    if (mili_tape_check(tape) != MIL_OK || mili_plan_run(tape, &plan) != MIL_OK) return tape ? tape->ctx->status : MIL_ERROR_ARGUMENT;
+    if (!plan) return MIL_OK;
+    if (mili_run_plan(tape, plan) == MIL_OK) mili_plan_done(tape, plan);
+    else tape->workspace_used -= tape->user_memory ? 0 : 1;
+    return tape->ctx->status;
+}
+
+MIL_DEF mil_status mil_tape_rerun(mil_tape *tape)
+{
+    if (mili_tape_check(tape) != MIL_OK) return tape ? tape->ctx->status : MIL_ERROR_ARGUMENT;
+    if (!tape->plan) return mili_fail(tape->ctx, MIL_ERROR_STATE, "mil_tape_rerun: nothing has run yet");
+    for (mili_plan *plan = tape->plan; plan; plan = plan->next)
+        if (mili_run_plan(tape, plan) != MIL_OK) break;
+    return tape->ctx->status;
+}
+
+MIL_DEF mil_status mil_node_read(mil_node *node, void *dst, int64_t count)
+{
+    if (!node) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = node->tape->ctx;
+    mili_enter(ctx);
+    const mil_node *base = node->plan->base;
+    if (!dst || count != node->count)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_node_read: %s %s has %lld elements, not %lld", node->op->name, MILI_SHAPE(node), (long long)node->count, (long long)count);
+    if (base->kind != MIL_KIND_LEAF && !(base->flags & MILI_KEEP))
+        return mili_fail(ctx, MIL_ERROR_STATE, "mil_node_read: %s %s was not kept (mil_node_keep)", node->op->name, MILI_SHAPE(node));
+    if (base->kind != MIL_KIND_LEAF && base->index >= node->tape->ran)
+        return mili_fail(ctx, MIL_ERROR_STATE, "mil_node_read: %s %s has not run", node->op->name, MILI_SHAPE(node));
+    if (ctx->backend) ctx->backend->synchronize(ctx->backend_self);
+    const void *src = base->data;
+    if (base->op == &mili_op_param) src = mili_node_param(base)->data;
+    if (base->op == &mili_op_input) {
+        if (!mili_tensor_packed((const mil_tensor *)base->p)) return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "mil_node_read: a strided input");
+        memcpy(dst, mili_input_tensor(base)->data, mili_node_bytes(node));
+        return MIL_OK;
+    }
+    return mili_download(ctx, dst, src, mili_node_bytes(node));
+}
+
+// ==== >>op-table: every op: shape rule, kernel, gradient ==========================================================
+//
+// Each op stands in one place: the public function checks shapes and records; the kernel computes a block of rows, a
+// reduction step or everything; the gradient records other ops. MILI_OPS at the end lists them all.
+
+#ifdef MIL_NO_TRAINING
+#define MILI_GRAD(f) NULL
+#else
+#define MILI_GRAD(f) f
+#endif
+#define MILI_ROWS_OP(name, run, grad) { name, run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, MILI_GRAD(grad), 0 }
+#define MILI_WHOLE_OP(name, run, grad) MILI_ROWS_OP(name, run, grad)
+#define MILI_REDUCE_OP(name, state, begin, step, merge, finish, grad) \
+    { name, NULL, state, begin, step, merge, finish, NULL, NULL, NULL, MILI_GRAD(grad), 0 }
+
+#define MILI_K(x) ((const mili_kernels *)(x)->kernels)
+#define MILI_IN(x, i) ((const mil_real *)(x)->in[i])
+#define MILI_IN_INDEX(x, i) ((const int64_t *)(x)->in[i])
+#define MILI_OUT(x) ((mil_real *)(x)->out)
+
+// The number of an axis counted from the front, or -1 with an error.
+MILI_FN int mili_axis(const mil_node *x, int axis, const char *op)
+{
+    const int a = axis < 0 ? axis + x->rank : axis;
+    if (a >= 0 && a < x->rank) return a;
+    mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "%s: axis %d of %s", op, axis, MILI_SHAPE(x));
+    return -1;
+}
+
+// Any tensor as [outer, n, inner] around axis a.
+typedef struct mili_around { int64_t outer, n, inner; } mili_around;
+
+MILI_FN mili_around mili_around_axis(const mil_node *x, int a)
+{
+    mili_around r;
+    r.outer = mili_shape_count(a, x->shape);
+    r.n = x->shape[a];
+    r.inner = mili_shape_count(x->rank - a - 1, x->shape + a + 1);
+    return r;
+}
+
+MILI_FN int mili_same_shape(const mil_node *a, const mil_node *b)
+{
+    if (a->rank != b->rank) return 0;
+    for (int i = 0; i < a->rank; i++) if (a->shape[i] != b->shape[i]) return 0;
+    return 1;
+}
+
+// A copy loop over `count` pieces, split among threads in pieces of about 64 K elements.
+typedef struct mili_loop { const mil_exec *x; int64_t count, chunk; void (*body)(const mil_exec *x, int64_t begin, int64_t end); } mili_loop;
+
+MILI_FN void mili_loop_task(void *arg, int64_t index, void *scratch)
+{
+    const mili_loop *loop = (const mili_loop *)arg;
+    MILI_UNUSED(scratch);
+    const int64_t begin = index * loop->chunk;
+    loop->body(loop->x, begin, MILI_MIN(begin + loop->chunk, loop->count));
+}
+
+MILI_FN void mili_for(const mil_exec *x, int64_t count, int64_t cost, void (*body)(const mil_exec *x, int64_t begin, int64_t end))
+{
+    mili_loop loop;
+    loop.x = x;
+    loop.count = count;
+    loop.chunk = MILI_MAX(1, 65536 / MILI_MAX(cost, 1));
+    loop.body = body;
+    mil_exec_parallel(x, (count + loop.chunk - 1) / loop.chunk, mili_loop_task, &loop);
+}
+
+// ---- convert: inputs of other dtypes or strides ----
+// Rows of an input leaf, read where they stand. Without gradient: an input that wants one must be packed mil_real.
+MILI_FN void mili_convert_run(const mil_exec *x)
+{
+    const mil_node *n = x->node, *leaf = n->input[0];
+    mil_tensor t = *(const mil_tensor *)leaf->p;
+    int64_t stride[MIL_MAX_RANK];
+    mili_tensor_strides(&t, stride);
+    const int64_t cols = n->cols, step = t.rank ? stride[t.rank - 1] : 0, width = (int64_t)mil_dtype_size(t.dtype);
+    for (int64_t r = 0; r < x->rows; r++) {
+        int64_t at = x->row + r - leaf->plan->row_base;
+        const char *src = (const char *)x->in[0];
+        for (int a = t.rank - 2; a >= 0; a--) {            // the row's number, axis by axis
+            src += at % t.shape[a] * stride[a];
+            at /= t.shape[a];
+        }
+        if (n->dtype == MIL_I64) {
+            int64_t *dst = (int64_t *)x->out + r * cols;
+            for (int64_t j = 0; j < cols; j++) {
+                mil_real value;
+                if (t.dtype == MIL_I64) { memcpy(&dst[j], src + j * step, sizeof dst[j]); continue; }
+                mili_convert(MILI_K(x), &value, src + j * step, t.dtype, 1);
+                dst[j] = (int64_t)value;
+            }
+        } else if (step == width) mili_convert(MILI_K(x), MILI_OUT(x) + r * cols, src, t.dtype, cols);
+        else for (int64_t j = 0; j < cols; j++) mili_convert(MILI_K(x), MILI_OUT(x) + r * cols + j, src + j * step, t.dtype, 1);
+    }
+}
+static const mil_op mili_op_convert = MILI_ROWS_OP("convert", mili_convert_run, NULL);
+
+MILI_FN mil_node *mili_as(mil_node *x, mil_dtype dtype)
+{
+    if (!x) return NULL;
+    if (x->op != &mili_op_input) {
+        if (x->dtype == dtype) return x;
+        return mil_tape_fail(x->tape, MIL_ERROR_ARGUMENT, "%s %s holds %s where %s is needed", x->op->name, MILI_SHAPE(x),
+                             mil_dtype_name(x->dtype), mil_dtype_name(dtype));
+    }
+    if (x->dtype == dtype && mili_input_direct(x)) return x;
+    if (!x->plan->converted) {
+        mil_spec s = mil_spec_make(&mili_op_convert, MIL_KIND_ROWS, x->rank, x->shape);
+        s.dtype = dtype;
+        s.input_count = 1;
+        s.input[0] = x;
+        if (x->flags & MILI_WANTS_GRAD)
+            return mil_tape_fail(x->tape, MIL_ERROR_UNSUPPORTED, "an input that wants a gradient must be packed %s", mil_dtype_name(MIL_REAL_DTYPE));
+        x->plan->converted = mil_record(x->tape, &s);
+    }
+    return x->plan->converted;
+}
+MILI_FN mil_node *mili_real(mil_node *x) { return mili_as(x, MIL_REAL_DTYPE); }
+MILI_FN mil_node *mili_index(mil_node *x) { return mili_as(x, MIL_I64); }
+
+// ---- constant ----
+MILI_FN void mili_constant_run(const mil_exec *x)
+{
+    const mil_real value = (mil_real)x->node->r[0];
+    for (int64_t i = 0; i < x->rows * x->node->cols; i++) MILI_OUT(x)[i] = value;
+}
+static const mil_op mili_op_constant = MILI_ROWS_OP("constant", mili_constant_run, NULL);
+
+MIL_DEF mil_node *mil_constant(mil_tape *tape, int rank, const int64_t *shape, double value)
+{
+    if (!tape) return NULL;
+    mil_spec s = mil_spec_make(&mili_op_constant, MIL_KIND_ROWS, MILI_MIN(rank, MIL_MAX_RANK), shape);
+    s.rank = rank;
+    s.r[0] = value;
+    return mil_record(tape, &s);
+}
+
+// ---- element by element, one input ----
+// X(name, what the derivative is computed from: x or y)
+#define MILI_UNARY_EXTRA(X) X(leaky_relu, "") X(clamp, "") X(affine, "")
+#define MILI_UNARY_ENUM(name, text) MILI_UNARY_##name,
+typedef enum mili_unary_kind { MIL_UNARY_LIST(MILI_UNARY_ENUM) MILI_UNARY_EXTRA(MILI_UNARY_ENUM) MILI_UNARY_COUNT } mili_unary_kind;
+#undef MILI_UNARY_ENUM
+
+#define MILI_EACH(expression) for (int64_t i = 0; i < n; i++) { const mil_real v = a[i]; y[i] = (expression); }
+
+MILI_FN void mili_unary_run(const mil_exec *x)
+{
+    const mili_kernels *K = MILI_K(x);
+    const int64_t n = x->rows * x->node->cols;
+    const mil_real *a = MILI_IN(x, 0), p = (mil_real)x->node->r[0], q = (mil_real)x->node->r[1];
+    mil_real *y = MILI_OUT(x);
+    switch ((mili_unary_kind)x->node->i[0]) {
+    case MILI_UNARY_exp:        K->exp(y, a, n); break;
+    case MILI_UNARY_log:        MILI_EACH(mili_log(v)); break;
+    case MILI_UNARY_sqrt:       MILI_EACH(mili_sqrt(v)); break;
+    case MILI_UNARY_square:     MILI_EACH(v * v); break;
+    case MILI_UNARY_abs:        MILI_EACH(mili_fabs(v)); break;
+    case MILI_UNARY_reciprocal: MILI_EACH(1 / v); break;
+    case MILI_UNARY_tanh:       K->tanh(y, a, n); break;
+    case MILI_UNARY_sigmoid:    K->sigmoid(y, a, n); break;
+    case MILI_UNARY_relu:       K->relu(y, a, n); break;
+    case MILI_UNARY_gelu:       K->gelu(y, a, n); break;
+    case MILI_UNARY_silu:       K->silu(y, a, n); break;
+    case MILI_UNARY_softplus:   MILI_EACH((v > 0 ? v : 0) + mili_log1p(mili_exp(-mili_fabs(v)))); break;
+    case MILI_UNARY_leaky_relu: MILI_EACH(v > 0 ? v : p * v); break;
+    case MILI_UNARY_clamp:      MILI_EACH(v < p ? p : v > q ? q : v); break;
+    case MILI_UNARY_affine:     K->scale(y, a, p, q, n); break;
+    case MILI_UNARY_COUNT:      break;
+    }
+}
+
+#ifndef MIL_NO_TRAINING
+// Ops whose derivative is a function of the result; the others keep x.
+MILI_FN int mili_unary_uses_result(int64_t kind)
+{
+    return kind == MILI_UNARY_exp || kind == MILI_UNARY_sqrt || kind == MILI_UNARY_reciprocal || kind == MILI_UNARY_tanh ||
+           kind == MILI_UNARY_sigmoid || kind == MILI_UNARY_relu;
+}
+
+#define MILI_EACH_GRAD(expression) for (int64_t i = 0; i < n; i++) { const mil_real v = a[i]; y[i] = d[i] * (expression); }
+
+// dx = dy f'(v), v = y or x as above.
+MILI_FN void mili_unary_grad_run(const mil_exec *x)
+{
+    const int64_t n = x->rows * x->node->cols;
+    const mili_kernels *K = MILI_K(x);
+    const mil_real *a = MILI_IN(x, 0), *d = MILI_IN(x, 1), p = (mil_real)x->node->r[0], q = (mil_real)x->node->r[1];
+    mil_real *y = MILI_OUT(x);
+    switch ((mili_unary_kind)x->node->i[0]) {
+    case MILI_UNARY_exp:        MILI_EACH_GRAD(v); break;
+    case MILI_UNARY_log:        MILI_EACH_GRAD(1 / v); break;
+    case MILI_UNARY_sqrt:       MILI_EACH_GRAD((mil_real)0.5 / v); break;
+    case MILI_UNARY_square:     MILI_EACH_GRAD(2 * v); break;
+    case MILI_UNARY_abs:        MILI_EACH_GRAD((mil_real)((v > 0) - (v < 0))); break;
+    case MILI_UNARY_reciprocal: MILI_EACH_GRAD(-v * v); break;
+    case MILI_UNARY_tanh:       MILI_EACH_GRAD(1 - v * v); break;
+    case MILI_UNARY_sigmoid:    MILI_EACH_GRAD(v * (1 - v)); break;
+    case MILI_UNARY_relu:       for (int64_t i = 0; i < n; i++) y[i] = a[i] > 0 ? d[i] : 0; break;
+    case MILI_UNARY_gelu:       K->gelu_grad(y, a, n); K->mul(y, y, d, n); break;
+    case MILI_UNARY_silu:       K->silu_grad(y, a, n); K->mul(y, y, d, n); break;
+    case MILI_UNARY_softplus:   K->sigmoid(y, a, n); K->mul(y, y, d, n); break;
+    case MILI_UNARY_leaky_relu: MILI_EACH_GRAD(v > 0 ? 1 : p); break;
+    case MILI_UNARY_clamp:      MILI_EACH_GRAD((mil_real)(v >= p && v <= q)); break;
+    case MILI_UNARY_affine:     K->scale(y, d, p, 0, n); break;
+    case MILI_UNARY_COUNT:      break;
+    }
+}
+static const mil_op mili_op_unary_grad = MILI_ROWS_OP("gradient of an elementwise op", mili_unary_grad_run, NULL);
+
+MILI_FN void mili_unary_grad(mil_node *n, mil_node *dy)
+{
+    mil_spec s = mil_spec_make(&mili_op_unary_grad, MIL_KIND_ROWS, n->rank, n->shape);
+    const int64_t kind = n->i[0];
+    s.input_count = 2;
+    s.input[0] = mili_unary_uses_result(kind) ? n : n->input[0];
+    s.input[1] = dy;
+    s.row_inputs = 3;
+    s.i[0] = kind;
+    s.r[0] = n->r[0];
+    s.r[1] = n->r[1];
+    mil_add_grad(n->input[0], kind == MILI_UNARY_affine ? mil_affine(dy, n->r[0], 0) : mil_record(n->tape, &s));
+}
+#endif
+
+#define MILI_UNARY_ROW(name, text) MILI_ROWS_OP(#name, mili_unary_run, mili_unary_grad),
+static const mil_op mili_unary_ops[] = { MIL_UNARY_LIST(MILI_UNARY_ROW) MILI_UNARY_EXTRA(MILI_UNARY_ROW) };
+#undef MILI_UNARY_ROW
+
+MILI_FN mil_node *mili_unary(mil_node *x, mili_unary_kind kind, double p, double q)
+{
+    x = mili_real(x);
+    if (!x) return NULL;
+    mil_spec s = mil_spec_make(&mili_unary_ops[kind], MIL_KIND_ROWS, x->rank, x->shape);
+    s.input_count = 1;
+    s.input[0] = x;
+    s.row_inputs = 1;
+    s.i[0] = kind;
+    s.r[0] = p;
+    s.r[1] = q;
+    return mil_record(x->tape, &s);
+}
+
+#define MILI_UNARY_DEFINE(name, text) MIL_DEF mil_node *mil_##name(mil_node *x) { return mili_unary(x, MILI_UNARY_##name, 0, 0); }
+MIL_UNARY_LIST(MILI_UNARY_DEFINE)
+#undef MILI_UNARY_DEFINE
+MIL_DEF mil_node *mil_leaky_relu(mil_node *x, double slope) { return mili_unary(x, MILI_UNARY_leaky_relu, slope, 0); }
+MIL_DEF mil_node *mil_clamp(mil_node *x, double low, double high) { return mili_unary(x, MILI_UNARY_clamp, low, high); }
+MIL_DEF mil_node *mil_affine(mil_node *x, double scale, double shift) { return mili_unary(x, MILI_UNARY_affine, scale, shift); }
+
+// ---- element by element, two inputs, broadcast ----
+// mask_fill: a where b is not 0, else r[0].  weights: exp(a - b), the softmax whose log-sum-exp is b; 0 where b is -inf.
+// drop: a / (1 - r[0]) where the draw b is at least r[0], else 0.  broadcast: a alone, repeated to the result's shape.
+#define MILI_BINARY_LIST(X) X(add) X(sub) X(mul) X(div) X(maximum) X(minimum) X(mask_fill) X(weights) X(drop) X(broadcast)
+#define MILI_BINARY_ENUM(name) MILI_BINARY_##name,
+typedef enum mili_binary_kind { MILI_BINARY_LIST(MILI_BINARY_ENUM) MILI_BINARY_COUNT } mili_binary_kind;
+#undef MILI_BINARY_ENUM
+
+#define MILI_PAIRS(expression) \
+    for (int64_t i = 0; i < n; i++) { const mil_real v = a[i * sa], w = b[i * sb]; y[i] = (expression); MILI_UNUSED(w); }
+
+// y [n] from a and b whose steps are 1, or 0 for one element repeated.
+MILI_FN void mili_binary_span(const mili_kernels *K, int64_t kind, double param, mil_real *y, const mil_real *a, int64_t sa, const mil_real *b, int64_t sb, int64_t n)
+{
+    const mil_real p = (mil_real)param;
+    if (sa == 1 && sb == 1) {
+        switch ((mili_binary_kind)kind) {
+        case MILI_BINARY_add: K->add(y, a, b, n); return;
+        case MILI_BINARY_sub: K->sub(y, a, b, n); return;
+        case MILI_BINARY_mul: K->mul(y, a, b, n); return;
+        case MILI_BINARY_div: K->div(y, a, b, n); return;
+        default: break;
+        }
+    }
+    switch ((mili_binary_kind)kind) {
+    case MILI_BINARY_add:       MILI_PAIRS(v + w); break;
+    case MILI_BINARY_sub:       MILI_PAIRS(v - w); break;
+    case MILI_BINARY_mul:       MILI_PAIRS(v * w); break;
+    case MILI_BINARY_div:       MILI_PAIRS(v / w); break;
+    case MILI_BINARY_maximum:   MILI_PAIRS(v >= w || mili_is_nan(v) ? v : w); break;
+    case MILI_BINARY_minimum:   MILI_PAIRS(v <= w || mili_is_nan(v) ? v : w); break;
+    case MILI_BINARY_mask_fill: MILI_PAIRS(w != 0 ? v : p); break;
+    case MILI_BINARY_weights:   MILI_PAIRS(w == -MILI_INF ? 0 : v - w);
+                                for (int64_t i = 0; i < n; i++) if (b[i * sb] == -MILI_INF) y[i] = -MILI_INF;
+                                K->exp(y, y, n); break;
+    case MILI_BINARY_drop:      MILI_PAIRS(w >= p ? v / (1 - p) : 0); break;
+    case MILI_BINARY_broadcast: MILI_PAIRS(v); break;
+    case MILI_BINARY_COUNT:     break;
+    }
+}
+
+MILI_FN void mili_binary_run(const mil_exec *x)
+{
+    const mil_node *n = x->node;
+    const mili_kernels *K = MILI_K(x);
+    const int second = n->input_count > 1;
+    const mil_real *a = MILI_IN(x, 0), *b = second ? MILI_IN(x, 1) : a;
+    const mil_node *na = n->input[0], *nb = second ? n->input[1] : na;
+    mil_real *y = MILI_OUT(x);
+    const int64_t cols = n->cols;
+    if (n->kind == MIL_KIND_ROWS) {
+        const int64_t ca = na->rank ? na->cols : 1, cb = nb->rank ? nb->cols : 1;
+        const int64_t ra = n->row_inputs & 1 ? ca : 0, rb = second ? (n->row_inputs & 2 ? cb : 0) : ra;
+        if (ra == cols && rb == cols) { mili_binary_span(K, n->i[0], n->r[0], y, a, 1, b, 1, x->rows * cols); return; }
+        for (int64_t r = 0; r < x->rows; r++)
+            mili_binary_span(K, n->i[0], n->r[0], y + r * cols, a + r * ra, ca == 1 ? 0 : 1, b + r * rb, cb == 1 ? 0 : 1, cols);
+        return;
+    }
+    for (int64_t r = 0; r < n->rows; r++) {                // any broadcast: the offset of each row, axis by axis
+        int64_t at = r, offset[2] = { 0, 0 };
+        for (int k = 0; k <= second; k++) {
+            const mil_node *in = k ? nb : na;
+            int64_t step = in->rank ? in->cols : 1, rest = at;
+            for (int i = n->rank - 2; i >= 0; i--) {
+                const int j = i - (n->rank - in->rank);    // the input's axis under the result's axis i
+                const int64_t coordinate = rest % n->shape[i];
+                rest /= n->shape[i];
+                if (j < 0) continue;
+                if (in->shape[j] != 1) offset[k] += coordinate * step;
+                step *= in->shape[j];
+            }
+        }
+        const int64_t ca = na->rank ? na->cols : 1, cb = nb->rank ? nb->cols : 1;
+        mili_binary_span(K, n->i[0], n->r[0], y + r * cols, a + offset[0], ca == 1 ? 0 : 1, b + (second ? offset[1] : offset[0]), cb == 1 ? 0 : 1, cols);
+    }
+}
+
+// How an input stands to the result: 1 row by row, 0 one row for all, -1 otherwise.
+MILI_FN int mili_broadcast_rows(const mil_node *in, int rank, const int64_t *shape)
+{
+    int aligned = 1, whole = 1;
+    for (int i = rank - 2; i >= 0; i--) {
+        const int j = i - (rank - in->rank);
+        const int64_t length = j >= 0 && j < in->rank - 1 ? in->shape[j] : 1;
+        aligned &= length == shape[i];
+        whole &= length == 1;
+    }
+    return aligned && rank > 1 ? 1 : whole ? 0 : aligned ? 1 : -1;
+}
+
+MILI_FN int mili_broadcast_shape(const mil_node *a, const mil_node *b, int *rank, int64_t *shape)
+{
+    *rank = MILI_MAX(a->rank, b->rank);
+    for (int i = 0; i < *rank; i++) {
+        const int ia = i - (*rank - a->rank), ib = i - (*rank - b->rank);
+        const int64_t la = ia >= 0 ? a->shape[ia] : 1, lb = ib >= 0 ? b->shape[ib] : 1;
+        if (la != lb && la != 1 && lb != 1) return 0;
+        shape[i] = la == 1 ? lb : la;
+    }
+    return 1;
+}
+
+MILI_FN mil_node *mili_binary_record(mil_node *a, mil_node *b, mili_binary_kind kind, int rank, const int64_t *shape, double param);
+
+#ifndef MIL_NO_TRAINING
+MILI_FN mil_node *mili_sum_like(mil_node *dy, const mil_node *x) { return mil_sum_to(dy, x->rank, x->shape); }
+
+// 1 where the left side of a maximum or minimum was taken, else 0; times dy or the rest of it.
+MILI_FN void mili_select_grad_run(const mil_exec *x)
+{
+    const mil_real *a = MILI_IN(x, 0), *b = MILI_IN(x, 1), *d = MILI_IN(x, 2);
+    const int64_t n = x->rows * x->node->cols;
+    const int smaller = (int)x->node->i[0], right = (int)x->node->i[1];
+    for (int64_t i = 0; i < n; i++) {
+        const int left = smaller ? a[i] <= b[i] : a[i] >= b[i];
+        MILI_OUT(x)[i] = left != right ? d[i] : 0;
+    }
+}
+static const mil_op mili_op_select_grad = MILI_ROWS_OP("gradient of maximum", mili_select_grad_run, NULL);
+
+MILI_FN mil_node *mili_select_grad(const mil_node *n, mil_node *dy, int right)
+{
+    mil_spec s = mil_spec_make(&mili_op_select_grad, MIL_KIND_ROWS, n->rank, n->shape);
+    s.input_count = 3;
+    s.input[0] = mil_broadcast(n->input[0], n->rank, n->shape);
+    s.input[1] = mil_broadcast(n->input[1], n->rank, n->shape);
+    s.input[2] = dy;
+    s.row_inputs = 7;
+    s.i[0] = n->i[0] == MILI_BINARY_minimum;
+    s.i[1] = right;
+    return mil_record(n->tape, &s);
+}
+
+MILI_FN void mili_binary_grad(mil_node *n, mil_node *dy)
+{
+    mil_node *a = n->input[0], *b = n->input_count > 1 ? n->input[1] : NULL;
+    const int wa = mil_wants_grad(a), wb = mil_wants_grad(b);
+    switch ((mili_binary_kind)n->i[0]) {
+    case MILI_BINARY_add:
+        if (wa) mil_add_grad(a, mili_sum_like(dy, a));
+        if (wb) mil_add_grad(b, mili_sum_like(dy, b));
+        break;
+    case MILI_BINARY_sub:
+        if (wa) mil_add_grad(a, mili_sum_like(dy, a));
+        if (wb) mil_add_grad(b, mili_sum_like(mil_affine(dy, -1, 0), b));
+        break;
+    case MILI_BINARY_mul:
+        if (wa) mil_add_grad(a, mili_sum_like(mil_mul(dy, b), a));
+        if (wb) mil_add_grad(b, mili_sum_like(mil_mul(dy, a), b));
+        break;
+    case MILI_BINARY_div:                                  // d(a/b) = da / b - (a/b) db / b
+        if (wa) mil_add_grad(a, mili_sum_like(mil_div(dy, b), a));
+        if (wb) mil_add_grad(b, mili_sum_like(mil_affine(mil_div(mil_mul(dy, n), b), -1, 0), b));
+        break;
+    case MILI_BINARY_maximum:
+    case MILI_BINARY_minimum:
+        if (wa) mil_add_grad(a, mili_sum_like(mili_select_grad(n, dy, 0), a));
+        if (wb) mil_add_grad(b, mili_sum_like(mili_select_grad(n, dy, 1), b));
+        break;
+    case MILI_BINARY_mask_fill:
+        if (wa) mil_add_grad(a, mili_sum_like(mil_mask_fill(dy, b, 0), a));
+        break;
+    case MILI_BINARY_weights: {                            // y = exp(a - b)
+        mil_node *g = mil_mul(dy, n);
+        if (wa) mil_add_grad(a, mili_sum_like(g, a));
+        if (wb) mil_add_grad(b, mili_sum_like(mil_affine(g, -1, 0), b));
+        break;
+    }
+    case MILI_BINARY_drop:
+        if (wa) mil_add_grad(a, mili_binary_record(dy, b, MILI_BINARY_drop, n->rank, n->shape, n->r[0]));
+        break;
+    case MILI_BINARY_broadcast:
+        if (wa) mil_add_grad(a, mili_sum_like(dy, a));
+        break;
+    case MILI_BINARY_COUNT: break;
+    }
+}
+#endif
+
+#define MILI_BINARY_ROW(name) MILI_ROWS_OP(#name, mili_binary_run, mili_binary_grad),
+static const mil_op mili_binary_ops[] = { MILI_BINARY_LIST(MILI_BINARY_ROW) };
+#undef MILI_BINARY_ROW
+
+MILI_FN mil_node *mili_binary_record(mil_node *a, mil_node *b, mili_binary_kind kind, int rank, const int64_t *shape, double param)
+{
+    const int rows_a = mili_broadcast_rows(a, rank, shape), rows_b = b ? mili_broadcast_rows(b, rank, shape) : 0;
+    const int by_rows = rows_a >= 0 && rows_b >= 0;
+    mil_spec s = mil_spec_make(&mili_binary_ops[kind], by_rows ? MIL_KIND_ROWS : MIL_KIND_WHOLE, rank, shape);
+    s.input_count = b ? 2 : 1;
+    s.input[0] = a;
+    s.input[1] = b;
+    if (by_rows) s.row_inputs = (unsigned)(rows_a | rows_b << 1);
+    s.i[0] = kind;
+    s.r[0] = param;
+    return mil_record(a->tape, &s);
+}
+
+MILI_FN mil_node *mili_binary(mil_node *a, mil_node *b, mili_binary_kind kind, double param)
+{
+    a = mili_real(a);
+    b = mili_real(b);
+    if (!a || !b) return NULL;
+    int rank;
+    int64_t shape[MIL_MAX_RANK];
+    if (!mili_broadcast_shape(a, b, &rank, shape))
+        return mil_tape_fail(a->tape, MIL_ERROR_SHAPE, "%s: %s and %s do not broadcast", mili_binary_ops[kind].name, MILI_SHAPE(a), MILI_SHAPE(b));
+    return mili_binary_record(a, b, kind, rank, shape, param);
+}
+
+MIL_DEF mil_node *mil_add(mil_node *a, mil_node *b) { return mili_binary(a, b, MILI_BINARY_add, 0); }
+MIL_DEF mil_node *mil_sub(mil_node *a, mil_node *b) { return mili_binary(a, b, MILI_BINARY_sub, 0); }
+MIL_DEF mil_node *mil_mul(mil_node *a, mil_node *b) { return mili_binary(a, b, MILI_BINARY_mul, 0); }
+MIL_DEF mil_node *mil_div(mil_node *a, mil_node *b) { return mili_binary(a, b, MILI_BINARY_div, 0); }
+MIL_DEF mil_node *mil_maximum(mil_node *a, mil_node *b) { return mili_binary(a, b, MILI_BINARY_maximum, 0); }
+MIL_DEF mil_node *mil_minimum(mil_node *a, mil_node *b) { return mili_binary(a, b, MILI_BINARY_minimum, 0); }
+MIL_DEF mil_node *mil_mask_fill(mil_node *x, mil_node *mask, double value) { return mili_binary(x, mask, MILI_BINARY_mask_fill, value); }
+
+MIL_DEF mil_node *mil_broadcast(mil_node *x, int rank, const int64_t *shape)
+{
+    x = mili_real(x);
+    if (!x) return NULL;
+    int ok = rank >= x->rank && rank <= MIL_MAX_RANK, same = rank == x->rank;
+    for (int i = 0; ok && i < x->rank; i++) {
+        const int64_t to = shape[i + rank - x->rank];
+        ok = x->shape[i] == to || x->shape[i] == 1;
+        same &= x->shape[i] == to;
+    }
+    if (!ok) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "broadcast: %s to %s", MILI_SHAPE(x), mili_shape_text(MILI_MIN(rank, MIL_MAX_RANK), shape).s);
+    return same ? x : mili_binary_record(x, NULL, MILI_BINARY_broadcast, rank, shape, 0);
+}
+
+// ---- shapes ----
+#ifndef MIL_NO_TRAINING
+MILI_FN void mili_reshape_grad(mil_node *n, mil_node *dy) { mil_add_grad(n->input[0], mil_reshape(dy, n->input[0]->rank, n->input[0]->shape)); }
+#endif
+static const mil_op mili_op_reshape = MILI_ROWS_OP("reshape", mili_run_nothing, mili_reshape_grad);
+static const mil_op mili_op_detach = { "detach", mili_run_nothing, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, MIL_OP_STOPS_GRADIENT };
+
+MILI_FN mil_node *mili_view(mil_node *x, const mil_op *op, int rank, const int64_t *shape)
+{
+    mil_spec s = mil_spec_make(op, MIL_KIND_VIEW, rank, shape);
+    s.dtype = x->dtype;
+    s.input_count = 1;
+    s.input[0] = x;
+    return mil_record(x->tape, &s);
+}
+
+MIL_DEF mil_node *mil_reshape(mil_node *x, int rank, const int64_t *shape)
+{
+    if (x && x->dtype != MIL_I64) x = mili_real(x);
+    if (!x) return NULL;
+    int64_t to[MIL_MAX_RANK], known = 1;
+    int open = -1, ok = rank >= 0 && rank <= MIL_MAX_RANK, same = rank == x->rank;
+    for (int i = 0; ok && i < rank; i++) {
+        to[i] = shape[i];
+        if (shape[i] == -1 && open < 0) open = i;
+        else if (shape[i] < 0) ok = 0;
+        else known *= shape[i];                            // checked below, against the count
+        if (known > x->count && x->count > 0) ok = 0;
+    }
+    if (ok && open >= 0) {
+        ok = known > 0 && x->count % known == 0;
+        to[open] = ok ? x->count / known : 0;
+    } else if (ok) ok = known == x->count;
+    if (!ok) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "reshape: %s to %s", MILI_SHAPE(x), mili_shape_text(MILI_MAX(0, MILI_MIN(rank, MIL_MAX_RANK)), shape).s);
+    for (int i = 0; same && i < rank; i++) same = to[i] == x->shape[i];
+    return same ? x : mili_view(x, &mili_op_reshape, rank, to);
+}
+
+MIL_DEF mil_node *mil_detach(mil_node *x)
+{
+    x = mili_real(x);
+    return x ? mili_view(x, &mili_op_detach, x->rank, x->shape) : NULL;
+}
+
+// y[.., i_axes[k], ..] = x: walks the result in order and steps through x.
+MILI_FN void mili_permute_body(const mil_exec *x, int64_t begin, int64_t end)
+{
+    const mil_node *n = x->node, *in = n->input[0];
+    int64_t step[MIL_MAX_RANK], stride[MIL_MAX_RANK], s = 1;
+    for (int a = in->rank - 1; a >= 0; a--) { stride[a] = s; s *= in->shape[a]; }
+    for (int a = 0; a < n->rank; a++) step[a] = stride[n->i[a]];
+    const int64_t cols = n->cols, inner = n->rank ? step[n->rank - 1] : 0;
+    for (int64_t r = begin; r < end; r++) {
+        int64_t at = r;
+        const mil_real *src = MILI_IN(x, 0);
+        for (int a = n->rank - 2; a >= 0; a--) { src += at % n->shape[a] * step[a]; at /= n->shape[a]; }
+        mil_real *y = MILI_OUT(x) + r * cols;
+        if (inner == 1) memcpy(y, src, (size_t)cols * sizeof *y);
+        else for (int64_t j = 0; j < cols; j++) y[j] = src[j * inner];
+    }
+}
+MILI_FN void mili_permute_run(const mil_exec *x) { mili_for(x, x->node->rows, x->node->cols, mili_permute_body); }
+
+#ifndef MIL_NO_TRAINING
+MILI_FN void mili_permute_grad(mil_node *n, mil_node *dy)
+{
+    int back[MIL_MAX_RANK];
+    for (int a = 0; a < n->rank; a++) back[n->i[a]] = a;
+    mil_add_grad(n->input[0], mil_permute(dy, back));
+}
+#endif
+static const mil_op mili_op_permute = MILI_WHOLE_OP("permute", mili_permute_run, mili_permute_grad);
+
+MIL_DEF mil_node *mil_permute(mil_node *x, const int *axes)
+{
+    x = mili_real(x);
+    if (!x) return NULL;
+    int64_t shape[MIL_MAX_RANK];
+    unsigned seen = 0;
+    int last = -1, moved = 0;                              // whether axes longer than 1 change their order
+    mil_spec s = mil_spec_make(&mili_op_permute, MIL_KIND_WHOLE, 0, NULL);
+    for (int a = 0; a < x->rank; a++) {
+        if (axes[a] < 0 || axes[a] >= x->rank || seen >> axes[a] & 1)
+            return mil_tape_fail(x->tape, MIL_ERROR_ARGUMENT, "permute: axis %d of %s is not a permutation", axes[a], MILI_SHAPE(x));
+        seen |= 1u << axes[a];
+        shape[a] = s.shape[a] = x->shape[axes[a]];
+        s.i[a] = axes[a];
+        if (shape[a] == 1) continue;
+        if (axes[a] < last) moved = 1;
+        last = axes[a];
+    }
+    if (!moved) return mil_reshape(x, x->rank, shape);
+    s.rank = x->rank;
+    s.input_count = 1;
+    s.input[0] = x;
+    return mil_record(x->tape, &s);
+}
+
+MIL_DEF mil_node *mil_transpose(mil_node *x)
+{
+    if (!x) return NULL;
+    if (x->rank < 2) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "transpose: needs two axes, got %s", MILI_SHAPE(x));
+    int axes[MIL_MAX_RANK];
+    for (int a = 0; a < x->rank; a++) axes[a] = a;
+    axes[x->rank - 1] = x->rank - 2;
+    axes[x->rank - 2] = x->rank - 1;
+    return mil_permute(x, axes);
+}
+
+// ---- concat, slice, pad: one axis, around which the tensor is [outer, n, inner] ----
+// i[0] = axis. Along the last axis they are row-wise.
+MILI_FN void mili_concat_run(const mil_exec *x)
+{
+    const mil_node *n = x->node;
+    const int by_rows = n->kind == MIL_KIND_ROWS;
+    const mili_around to = mili_around_axis(n, (int)n->i[0]);
+    const int64_t outer = by_rows ? x->rows : to.outer;
+    const size_t size = mil_dtype_size(n->dtype);
+    size_t at = 0;
+    for (int k = 0; k < n->input_count; k++) {
+        const size_t piece = (size_t)(n->input[k]->shape[n->i[0]] * to.inner) * size, whole = (size_t)(to.n * to.inner) * size;
+        for (int64_t o = 0; o < outer; o++)
+            memcpy((char *)x->out + (size_t)o * whole + at, (const char *)x->in[k] + (size_t)o * piece, piece);
+        at += piece;
+    }
+}
+
+#ifndef MIL_NO_TRAINING
+MILI_FN void mili_concat_grad(mil_node *n, mil_node *dy)
+{
+    int64_t start = 0;
+    for (int k = 0; k < n->input_count; k++) {
+        const int64_t length = n->input[k]->shape[n->i[0]];
+        if (mil_wants_grad(n->input[k])) mil_add_grad(n->input[k], mil_slice(dy, (int)n->i[0], start, length));
+        start += length;
+    }
+}
+#endif
+static const mil_op mili_op_concat = MILI_ROWS_OP("concat", mili_concat_run, mili_concat_grad);
+
+MIL_DEF mil_node *mil_concat(mil_node *const *x, int count, int axis)
+{
+    if (count < 1 || !x || !x[0]) return NULL;
+    if (count == 1) return x[0];
+    if (count > MIL_MAX_INPUTS) {                          // in groups, then the groups
+        mil_node *part[MIL_MAX_INPUTS];
+        const int each = (count + MIL_MAX_INPUTS - 1) / MIL_MAX_INPUTS;
+        int parts = 0;
+        for (int k = 0; k < count; k += each) part[parts++] = mil_concat(x + k, MILI_MIN(each, count - k), axis);
+        return mil_concat(part, parts, axis);
+    }
+    const int index = x[0]->dtype == MIL_I64;
+    mil_node *first = index ? mili_index(x[0]) : mili_real(x[0]);
+    if (!first) return NULL;
+    const int a = mili_axis(first, axis, "concat");
+    if (a < 0) return NULL;
+    mil_spec s = mil_spec_make(&mili_op_concat, a == first->rank - 1 ? MIL_KIND_ROWS : MIL_KIND_WHOLE, first->rank, first->shape);
+    s.dtype = first->dtype;
+    s.shape[a] = 0;
+    for (int k = 0; k < count; k++) {
+        mil_node *in = index ? mili_index(x[k]) : mili_real(x[k]);
+        if (!in) return NULL;
+        int ok = in->rank == first->rank;
+        for (int i = 0; ok && i < in->rank; i++) ok = i == a || in->shape[i] == first->shape[i];
+        if (!ok) return mil_tape_fail(first->tape, MIL_ERROR_SHAPE, "concat: %s and %s along axis %d", MILI_SHAPE(first), MILI_SHAPE(in), a);
+        s.shape[a] += in->shape[a];
+        s.input[k] = in;
+    }
+    s.input_count = count;
+    s.row_inputs = s.kind == MIL_KIND_ROWS ? (1u << count) - 1 : 0;
+    s.i[0] = a;
+    return mil_record(first->tape, &s);
+}
+
+// i[1] = where the piece starts in x.
+MILI_FN void mili_slice_run(const mil_exec *x)
+{
+    const mil_node *n = x->node;
+    const mili_around from = mili_around_axis(n->input[0], (int)n->i[0]);
+    const int64_t outer = n->kind == MIL_KIND_ROWS ? x->rows : from.outer;
+    const size_t size = mil_dtype_size(n->dtype), piece = (size_t)(n->shape[n->i[0]] * from.inner) * size;
+    const size_t whole = (size_t)(from.n * from.inner) * size, at = (size_t)(n->i[1] * from.inner) * size;
+    for (int64_t o = 0; o < outer; o++) memcpy((char *)x->out + (size_t)o * piece, (const char *)x->in[0] + (size_t)o * whole + at, piece);
+}
+
+// i[1] = zeros before.
+MILI_FN void mili_pad_run(const mil_exec *x)
+{
+    const mil_node *n = x->node;
+    const mili_around to = mili_around_axis(n, (int)n->i[0]);
+    const int64_t outer = n->kind == MIL_KIND_ROWS ? x->rows : to.outer;
+    const size_t size = mil_dtype_size(n->dtype), piece = (size_t)(n->input[0]->shape[n->i[0]] * to.inner) * size;
+    const size_t whole = (size_t)(to.n * to.inner) * size, at = (size_t)(n->i[1] * to.inner) * size;
+    memset(x->out, 0, (size_t)outer * whole);
+    for (int64_t o = 0; o < outer; o++) memcpy((char *)x->out + (size_t)o * whole + at, (const char *)x->in[0] + (size_t)o * piece, piece);
+}
+
+#ifndef MIL_NO_TRAINING
+MILI_FN void mili_slice_grad(mil_node *n, mil_node *dy)
+{
+    const int a = (int)n->i[0];
+    mil_add_grad(n->input[0], mil_pad(dy, a, n->i[1], n->input[0]->shape[a] - n->i[1] - n->shape[a]));
+}
+MILI_FN void mili_pad_grad(mil_node *n, mil_node *dy)
+{
+    const int a = (int)n->i[0];
+    mil_add_grad(n->input[0], mil_slice(dy, a, n->i[1], n->input[0]->shape[a]));
+}
+#endif
+static const mil_op mili_op_slice = MILI_ROWS_OP("slice", mili_slice_run, mili_slice_grad);
+static const mil_op mili_op_pad = MILI_ROWS_OP("pad", mili_pad_run, mili_pad_grad);
+
+MILI_FN mil_node *mili_along(mil_node *x, const mil_op *op, int a, int64_t start, int64_t length)
+{
+    mil_spec s = mil_spec_make(op, a == x->rank - 1 ? MIL_KIND_ROWS : MIL_KIND_WHOLE, x->rank, x->shape);
+    s.dtype = x->dtype;
+    s.shape[a] = length;
+    s.input_count = 1;
+    s.input[0] = x;
+    s.row_inputs = s.kind == MIL_KIND_ROWS;
+    s.i[0] = a;
+    s.i[1] = start;
+    return mil_record(x->tape, &s);
+}
+
+MIL_DEF mil_node *mil_slice(mil_node *x, int axis, int64_t start, int64_t length)
+{
+    if (x && x->dtype != MIL_I64) x = mili_real(x);
+    if (!x) return NULL;
+    const int a = mili_axis(x, axis, "slice");
+    if (a < 0) return NULL;
+    if (start < 0 || length < 0 || start > x->shape[a] - length)
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "slice: %lld..%lld of axis %d of %s", (long long)start, (long long)(start + length), a, MILI_SHAPE(x));
+    return length == x->shape[a] ? x : mili_along(x, &mili_op_slice, a, start, length);
+}
+
+MIL_DEF mil_node *mil_pad(mil_node *x, int axis, int64_t before, int64_t after)
+{
+    x = mili_real(x);
+    if (!x) return NULL;
+    const int a = mili_axis(x, axis, "pad");
+    if (a < 0) return NULL;
+    if (before < 0 || after < 0 || before > INT32_MAX || after > INT32_MAX)
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "pad: %lld and %lld zeros", (long long)before, (long long)after);
+    return before + after == 0 ? x : mili_along(x, &mili_op_pad, a, before, before + x->shape[a] + after);
+}
+
+// ---- reductions over one axis ----
+// Over the last axis they are row-wise: [.., n] -> [.., 1]. Over another they keep a state per column: [outer, n, inner] -> [outer, 1, inner].
+#define MILI_REDUCTION_LIST(X) X(sum) X(mean) X(max) X(min) X(logsumexp) X(argmax)
+#define MILI_REDUCTION_ENUM(name) MILI_REDUCTION_##name,
+typedef enum mili_reduction_kind { MILI_REDUCTION_LIST(MILI_REDUCTION_ENUM) MILI_REDUCTION_COUNT } mili_reduction_kind;
+#undef MILI_REDUCTION_ENUM
+
+MILI_FN int64_t mili_row_argmax(const mil_real *x, int64_t n, int smallest)
+{
+    int64_t best = 0;
+    for (int64_t j = 1; j < n; j++) if (smallest ? x[j] < x[best] : x[j] > x[best]) best = j;
+    return best;
+}
+
+// Row by row. A maximum writes the place it stands at into the second result, for the gradient.
+MILI_FN void mili_reduction_rows(const mil_exec *x)
+{
+    const mili_kernels *K = MILI_K(x);
+    const int64_t n = x->node->input[0]->cols, kind = x->node->i[0];
+    for (int64_t r = 0; r < x->rows; r++) {
+        const mil_real *a = MILI_IN(x, 0) + r * n;
+        mil_real *y = MILI_OUT(x) + r;
+        switch ((mili_reduction_kind)kind) {
+        case MILI_REDUCTION_sum:  *y = K->sum(a, n); break;
+        case MILI_REDUCTION_mean: *y = K->sum(a, n) / (mil_real)n; break;
+        case MILI_REDUCTION_max:
+        case MILI_REDUCTION_min: {
+            const int64_t at = mili_row_argmax(a, n, kind == MILI_REDUCTION_min);
+            *y = kind == MILI_REDUCTION_min ? K->min(a, n) : K->max(a, n);
+            if (x->second) ((int64_t *)x->second)[r] = at;
+            break;
+        }
+        case MILI_REDUCTION_logsumexp: {
+            const mil_real top = K->max(a, n);
+            mil_real sum = 0;
+            if (top != -MILI_INF) for (int64_t j = 0; j < n; j++) sum += mili_exp(a[j] - top);
+            *y = top == -MILI_INF ? top : top + mili_log(sum);
+            break;
+        }
+        case MILI_REDUCTION_argmax: ((int64_t *)x->out)[r] = mili_row_argmax(a, n, 0); break;
+        case MILI_REDUCTION_COUNT: break;
+        }
+    }
+}
+
+// State: two reals per column (value; or maximum and sum of exponentials), then, for maxima, the row it stands in.
+MILI_FN int64_t mili_reduction_inner(const mil_node *n) { return n->outer ? n->count / n->outer : 0; }
+MILI_FN size_t mili_reduction_state(const mil_node *n) { return (size_t)mili_reduction_inner(n) * (2 * sizeof(mil_real) + sizeof(int64_t)); }
+
+MILI_FN void mili_reduction_begin(const mil_exec *x)
+{
+    const int64_t inner = mili_reduction_inner(x->node), kind = x->node->i[0];
+    int64_t *at = (int64_t *)x->state;
+    mil_real *value = (mil_real *)(void *)(at + inner), *sum = value + inner;
+    const mil_real start = kind == MILI_REDUCTION_min ? MILI_INF : kind == MILI_REDUCTION_sum || kind == MILI_REDUCTION_mean ? 0 : -MILI_INF;
+    for (int64_t j = 0; j < inner; j++) { at[j] = -1; value[j] = start; sum[j] = 0; }
+}
+
+// Adds the pair (maximum m, sum s of exp(x - m)) of a log-sum-exp to another.
+MILI_INLINE void mili_logsumexp_add(mil_real *top, mil_real *sum, mil_real m, mil_real s)
+{
+    if (m == -MILI_INF) return;
+    if (m <= *top) { *sum += s * mili_exp(m - *top); return; }
+    *sum = *top == -MILI_INF ? s : *sum * mili_exp(*top - m) + s;
+    *top = m;                                              // also when m is NaN: it stays
+}
+
+MILI_FN void mili_reduction_step(const mil_exec *x)
+{
+    const mili_kernels *K = MILI_K(x);
+    const int64_t inner = mili_reduction_inner(x->node), kind = x->node->i[0];
+    int64_t *at = (int64_t *)x->state;
+    mil_real *value = (mil_real *)(void *)(at + inner), *sum = value + inner;
+    for (int64_t r = 0; r < x->rows; r++) {
+        const mil_real *a = MILI_IN(x, 0) + r * inner;
+        switch ((mili_reduction_kind)kind) {
+        case MILI_REDUCTION_sum:
+        case MILI_REDUCTION_mean: K->add(value, value, a, inner); break;
+        case MILI_REDUCTION_max:
+        case MILI_REDUCTION_argmax:
+            for (int64_t j = 0; j < inner; j++)
+                if (at[j] < 0 || a[j] > value[j] || mili_is_nan(a[j])) { if (at[j] < 0 || !mili_is_nan(value[j])) { value[j] = a[j]; at[j] = x->row + r; } }
+            break;
+        case MILI_REDUCTION_min:
+            for (int64_t j = 0; j < inner; j++)
+                if (at[j] < 0 || a[j] < value[j] || mili_is_nan(a[j])) { if (at[j] < 0 || !mili_is_nan(value[j])) { value[j] = a[j]; at[j] = x->row + r; } }
+            break;
+        case MILI_REDUCTION_logsumexp: for (int64_t j = 0; j < inner; j++) mili_logsumexp_add(&value[j], &sum[j], a[j], 1); break;
+        case MILI_REDUCTION_COUNT: break;
+        }
+    }
+}
+
+MILI_FN void mili_reduction_merge(const mil_exec *x, void *into, const void *from)
+{
+    const int64_t inner = mili_reduction_inner(x->node), kind = x->node->i[0];
+    int64_t *at = (int64_t *)into;
+    const int64_t *at2 = (const int64_t *)from;
+    mil_real *value = (mil_real *)(void *)(at + inner), *sum = value + inner;
+    const mil_real *value2 = (const mil_real *)(const void *)(at2 + inner), *sum2 = value2 + inner;
+    for (int64_t j = 0; j < inner; j++) {
+        int take = 0;
+        switch ((mili_reduction_kind)kind) {
+        case MILI_REDUCTION_sum:
+        case MILI_REDUCTION_mean: value[j] += value2[j]; break;
+        case MILI_REDUCTION_logsumexp: mili_logsumexp_add(&value[j], &sum[j], value2[j], sum2[j]); break;
+        default:                                           // the better one; among equals the earlier row
+            if (at2[j] < 0) break;
+            take = at[j] < 0 || mili_is_nan(value2[j]) || (kind == MILI_REDUCTION_min ? value2[j] < value[j] : value2[j] > value[j]);
+            take |= value2[j] == value[j] && at2[j] < at[j];
+            if (at[j] >= 0 && mili_is_nan(value[j])) take = 0;
+            if (take) { value[j] = value2[j]; at[j] = at2[j]; }
+        }
+    }
+}
+
+MILI_FN void mili_reduction_finish(const mil_exec *x)
+{
+    const int64_t inner = mili_reduction_inner(x->node), kind = x->node->i[0];
+    const int64_t *at = (const int64_t *)x->state;
+    const mil_real *value = (const mil_real *)(const void *)(at + inner), *sum = value + inner;
+    for (int64_t j = 0; j < inner; j++) {
+        switch ((mili_reduction_kind)kind) {
+        case MILI_REDUCTION_mean:      MILI_OUT(x)[j] = value[j] / (mil_real)x->all_rows; break;
+        case MILI_REDUCTION_logsumexp: MILI_OUT(x)[j] = value[j] == -MILI_INF ? value[j] : value[j] + mili_log(sum[j]); break;
+        case MILI_REDUCTION_argmax:    ((int64_t *)x->out)[j] = MILI_MAX(at[j], 0); break;
+        default:
+            MILI_OUT(x)[j] = value[j];
+            if (x->second) ((int64_t *)x->second)[j] = MILI_MAX(at[j], 0);
+        }
+    }
+}
+
+#ifndef MIL_NO_TRAINING
+// dx is dy where the maximum stood, else 0. Inputs: places and dy, both [outer, 1, inner]; x is [outer, n, inner].
+MILI_FN void mili_place_run(const mil_exec *x)
+{
+    const mil_node *n = x->node;
+    const mili_around s = mili_around_axis(n, (int)n->i[0]);
+    const int64_t *at = MILI_IN_INDEX(x, 0);
+    const mil_real *dy = MILI_IN(x, 1);
+    mil_real *dx = MILI_OUT(x);
+    if (n->kind == MIL_KIND_ROWS && s.inner == 1) {        // last axis: a place per row
+        memset(dx, 0, (size_t)(x->rows * s.n) * sizeof *dx);
+        for (int64_t r = 0; r < x->rows; r++) dx[r * s.n + at[r]] = dy[r];
+    } else if (n->kind == MIL_KIND_ROWS) {                 // over the rows: each row looks whether it was the place
+        for (int64_t r = 0; r < x->rows; r++)
+            for (int64_t j = 0; j < s.inner; j++) dx[r * s.inner + j] = at[j] == x->row + r ? dy[j] : 0;
+    } else {
+        memset(dx, 0, (size_t)n->count * sizeof *dx);
+        for (int64_t o = 0; o < s.outer; o++)
+            for (int64_t j = 0; j < s.inner; j++) dx[(o * s.n + at[o * s.inner + j]) * s.inner + j] = dy[o * s.inner + j];
+    }
+}
+static const mil_op mili_op_place = MILI_ROWS_OP("gradient of a maximum", mili_place_run, NULL);
+
+MILI_FN void mili_reduction_grad(mil_node *n, mil_node *dy)
+{
+    mil_node *x = n->input[0];
+    const int a = (int)n->i[1];
+    switch ((mili_reduction_kind)n->i[0]) {
+    case MILI_REDUCTION_sum:  mil_add_grad(x, mil_broadcast(dy, x->rank, x->shape)); break;
+    case MILI_REDUCTION_mean: mil_add_grad(x, mil_broadcast(mil_affine(dy, 1.0 / (double)x->shape[a], 0), x->rank, x->shape)); break;
+    case MILI_REDUCTION_logsumexp: mil_add_grad(x, mil_mul(mili_binary(x, n, MILI_BINARY_weights, 0), dy)); break;
+    case MILI_REDUCTION_max:
+    case MILI_REDUCTION_min: {
+        const mili_around s = mili_around_axis(x, a);
+        const int last = a == x->rank - 1, rows = last || (s.outer == 1 && a == x->rank - 2);
+        mil_spec spec = mil_spec_make(&mili_op_place, rows ? MIL_KIND_ROWS : MIL_KIND_WHOLE, x->rank, x->shape);
+        spec.input_count = 2;
+        spec.input[0] = n->second;
+        spec.input[1] = dy;
+        spec.row_inputs = last ? 3 : 0;
+        spec.i[0] = a;
+        mil_add_grad(x, mil_record(n->tape, &spec));
+        break;
+    }
+    default: break;
+    }
+}
+#endif
+
+#define MILI_REDUCTION_ROW(name) \
+    { #name, mili_reduction_rows, mili_reduction_state, mili_reduction_begin, mili_reduction_step, mili_reduction_merge, \
+      mili_reduction_finish, NULL, NULL, NULL, MILI_GRAD(mili_reduction_grad), 0 },
+static const mil_op mili_reduction_ops[] = { MILI_REDUCTION_LIST(MILI_REDUCTION_ROW) };
+#undef MILI_REDUCTION_ROW
+
+MILI_FN mil_node *mili_reduction(mil_node *x, int axis, mili_reduction_kind kind)
+{
+    x = mili_real(x);
+    if (!x) return NULL;
+    const char *name = mili_reduction_ops[kind].name;
+    const int a = mili_axis(x, axis, name);
+    if (a < 0) return NULL;
+    const mili_around s = mili_around_axis(x, a);
+    if (s.n < 1 && kind != MILI_REDUCTION_sum) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "%s: axis %d of %s is empty", name, a, MILI_SHAPE(x));
+    mil_spec spec = mil_spec_make(&mili_reduction_ops[kind], a == x->rank - 1 ? MIL_KIND_ROWS : MIL_KIND_REDUCE, x->rank, x->shape);
+    spec.shape[a] = 1;
+    spec.dtype = kind == MILI_REDUCTION_argmax ? MIL_I64 : MIL_REAL_DTYPE;
+    spec.outer = s.outer;
+    spec.rows = s.n;
+    spec.input_count = 1;
+    spec.input[0] = x;
+    spec.row_inputs = 1;
+    spec.i[0] = kind;
+    spec.i[1] = a;
+    mil_node *n = mil_record(x->tape, &spec);
+    if (kind == MILI_REDUCTION_max || kind == MILI_REDUCTION_min) mil_node_second(n, MIL_I64, spec.rank, spec.shape);
+    return n;
+}
+
+MIL_DEF mil_node *mil_sum(mil_node *x, int axis) { return mili_reduction(x, axis, MILI_REDUCTION_sum); }
+MIL_DEF mil_node *mil_mean(mil_node *x, int axis) { return mili_reduction(x, axis, MILI_REDUCTION_mean); }
+MIL_DEF mil_node *mil_max(mil_node *x, int axis) { return mili_reduction(x, axis, MILI_REDUCTION_max); }
+MIL_DEF mil_node *mil_min(mil_node *x, int axis) { return mili_reduction(x, axis, MILI_REDUCTION_min); }
+MIL_DEF mil_node *mil_logsumexp(mil_node *x, int axis) { return mili_reduction(x, axis, MILI_REDUCTION_logsumexp); }
+MIL_DEF mil_node *mil_argmax(mil_node *x, int axis) { return mili_reduction(x, axis, MILI_REDUCTION_argmax); }
+
+MIL_DEF mil_node *mil_sum_all(mil_node *x)
+{
+    x = mili_real(x);
+    if (!x) return NULL;
+    int64_t flat[2];
+    flat[0] = x->rows;
+    flat[1] = x->cols;
+    return mil_reshape(mil_sum(mil_sum(mil_reshape(x, 2, flat), 1), 0), 0, NULL);
+}
+
+MIL_DEF mil_node *mil_sum_to(mil_node *x, int rank, const int64_t *shape)
+{
+    x = mili_real(x);
+    if (!x) return NULL;
+    int ok = rank <= x->rank, same = rank == x->rank, leading = 1;   // leading: all axes but the last go
+    for (int i = 0; ok && i < x->rank; i++) {
+        const int j = i - (x->rank - rank);
+        const int64_t to = j >= 0 ? shape[j] : 1;
+        ok = to == x->shape[i] || to == 1;
+        same &= j >= 0 && to == x->shape[i];
+        leading &= i == x->rank - 1 ? to == x->shape[i] : to == 1;
+    }
+    if (!ok) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "sum_to: %s to %s", MILI_SHAPE(x), mili_shape_text(MILI_MIN(rank, MIL_MAX_RANK), shape).s);
+    if (same) return x;
+    if (leading && x->rank > 1) {                          // one pass over the rows, wherever they belong
+        int64_t flat[2];
+        flat[0] = x->rows;
+        flat[1] = x->cols;
+        x = mil_sum(mil_reshape(x, 2, flat), 0);
+    } else {
+        const int had = x->rank;
+        for (int i = had - 1; i >= 0 && x; i--) {
+            const int j = i - (had - rank);
+            if (x->shape[i] != (j >= 0 ? shape[j] : 1)) x = mil_sum(x, i);
+        }
+    }
+    return mil_reshape(x, rank, shape);
+}
+
+// ---- softmax ----
+// y = exp(x - lse), lse the log of the sum of exp(x) along the axis. A slice that is all -inf gives zeros.
+MILI_FN void mili_softmax_run(const mil_exec *x)
+{
+    const int64_t n = x->node->cols;
+    for (int64_t r = 0; r < x->rows; r++) mili_softmax_row(MILI_K(x), MILI_OUT(x) + r * n, MILI_IN(x, 0) + r * n, n);
+}
+
+#ifndef MIL_NO_TRAINING
+// dx = y (dy - sum(dy y)). Reads y and not x, so x's memory is free again after the forward run.
+MILI_FN void mili_softmax_grad_run(const mil_exec *x)
+{
+    const int64_t n = x->node->cols;
+    for (int64_t r = 0; r < x->rows; r++) {
+        const mil_real *y = MILI_IN(x, 0) + r * n, *dy = MILI_IN(x, 1) + r * n;
+        mil_real *dx = MILI_OUT(x) + r * n;
+        const mil_real sum = MILI_K(x)->dot(y, dy, n);
+        for (int64_t j = 0; j < n; j++) dx[j] = y[j] * (dy[j] - sum);
+    }
+}
+static const mil_op mili_op_softmax_grad = MILI_ROWS_OP("gradient of softmax", mili_softmax_grad_run, NULL);
+
+MILI_FN void mili_softmax_grad(mil_node *n, mil_node *dy)
+{
+    mil_spec s = mil_spec_make(&mili_op_softmax_grad, MIL_KIND_ROWS, n->rank, n->shape);
+    s.input_count = 2;
+    s.input[0] = n;
+    s.input[1] = dy;
+    s.row_inputs = 3;
+    mil_add_grad(n->input[0], mil_record(n->tape, &s));
+}
+#endif
+static const mil_op mili_op_softmax = MILI_ROWS_OP("softmax", mili_softmax_run, mili_softmax_grad);
+
+MIL_DEF mil_node *mil_softmax(mil_node *x, int axis)
+{
+    x = mili_real(x);
+    if (!x) return NULL;
+    const int a = mili_axis(x, axis, "softmax");
+    if (a < 0) return NULL;
+    if (a != x->rank - 1) return mili_binary(x, mil_logsumexp(x, a), MILI_BINARY_weights, 0);
+    if (x->cols < 1) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "softmax: %s has an empty axis", MILI_SHAPE(x));
+    mil_spec s = mil_spec_make(&mili_op_softmax, MIL_KIND_ROWS, x->rank, x->shape);
+    s.input_count = 1;
+    s.input[0] = x;
+    s.row_inputs = 1;
+    return mil_record(x->tape, &s);
+}
+
+MIL_DEF mil_node *mil_log_softmax(mil_node *x, int axis) { return mil_sub(x, mil_logsumexp(x, axis)); }
+
+// ---- matrix products ----
+// Three forms of one product:
+//   linear      rows of x by a matrix that is the same for all rows: row-wise, the matrix packed once
+//   matmul_tn   a^T b over the rows of both: a reduction (weight gradients, pooling)
+//   matmul      everything else: batches of matrices
+
+// y = x W^T + b, or x W + b with i[0] = 0. Below 2 tiles packing does not pay.
+MILI_FN size_t mili_linear_prepare_bytes(const mil_node *n)
+{
+    if (n->rows < 32) return 0;
+    // Any tier's packed size is bounded by the widest panels.
+    const int64_t in = n->input[0]->cols, panel = 64;
+    return (size_t)((n->cols + panel) * (in + panel)) * sizeof(mil_real);
+}
+
+typedef struct mili_pack_job { const mil_exec *x; int64_t panels, chunk; } mili_pack_job;
+
+MILI_FN void mili_pack_task(void *arg, int64_t index, void *scratch)
+{
+    const mili_pack_job *job = (const mili_pack_job *)arg;
+    const mil_exec *x = job->x;
+    const int64_t in = x->node->input[0]->cols, out = x->node->cols;
+    const int transposed = (int)x->node->i[0];
+    MILI_UNUSED(scratch);
+    mili_gemm_pack_panels(MILI_K(x), (mil_real *)x->prepared, MILI_IN(x, 1), transposed ? 1 : out, transposed ? in : 1, out, in,
+                          index * job->chunk, MILI_MIN((index + 1) * job->chunk, job->panels));
+}
+
+MILI_FN void mili_linear_prepare(const mil_exec *x)
+{
+    mili_pack_job job;
+    job.x = x;
+    job.panels = mili_gemm_panels(MILI_K(x), x->node->cols);
+    job.chunk = 4;
+    mil_exec_parallel(x, (job.panels + job.chunk - 1) / job.chunk, mili_pack_task, &job);
+}
+
+MILI_FN void mili_linear_run(const mil_exec *x)
+{
+    const mil_node *n = x->node;
+    const int64_t in = n->input[0]->cols, out = n->cols;
+    const int transposed = (int)n->i[0];
+    mili_gemm g;
+    memset(&g, 0, sizeof g);
+    g.m = x->rows;
+    g.n = out;
+    g.k = in;
+    g.a = MILI_IN(x, 0);
+    g.a_row = in;
+    g.a_col = 1;
+    g.b = MILI_IN(x, 1);
+    g.b_row = transposed ? 1 : out;
+    g.b_col = transposed ? in : 1;
+    g.packed = (const mil_real *)x->prepared;
+    g.c = MILI_OUT(x);
+    g.c_row = out;
+    g.bias = n->input_count > 2 ? MILI_IN(x, 2) : NULL;
+    g.scratch = (mil_real *)x->scratch;
+    mili_gemm_run(MILI_K(x), &g);
+}
+
+MILI_FN size_t mili_gemm_scratch_bytes(const mil_node *n)
+{
+    MILI_UNUSED(n);
+    return (size_t)MILI_GEMM_BLOCK * sizeof(mil_real);
+}
+
+MILI_FN mil_node *mili_linear(mil_node *x, mil_node *w, mil_node *bias, int transposed);
+MILI_FN mil_node *mili_matmul_tn(mil_node *a, mil_node *b);
+
+#ifndef MIL_NO_TRAINING
+// dx = dy W;  dW = dy^T x (or x^T dy);  db = the sum of dy's rows.
+MILI_FN void mili_linear_grad(mil_node *n, mil_node *dy)
+{
+    mil_node *x = n->input[0], *w = n->input[1], *bias = n->input_count > 2 ? n->input[2] : NULL;
+    if (mil_wants_grad(x)) mil_add_grad(x, mili_linear(dy, w, NULL, !n->i[0]));
+    if (mil_wants_grad(w)) {
+        int64_t flat[2];
+        flat[0] = n->rows;
+        flat[1] = x->cols;
+        mil_node *fx = mil_reshape(x, 2, flat);
+        flat[1] = n->cols;
+        mil_node *fy = mil_reshape(dy, 2, flat);
+        mil_add_grad(w, mil_reshape(n->i[0] ? mili_matmul_tn(fy, fx) : mili_matmul_tn(fx, fy), w->rank, w->shape));
+    }
+    if (mil_wants_grad(bias)) mil_add_grad(bias, mil_sum_to(dy, bias->rank, bias->shape));
+}
+#endif
+static const mil_op mili_op_linear = { "linear", mili_linear_run, NULL, NULL, NULL, NULL, NULL, mili_gemm_scratch_bytes,
+                                       mili_linear_prepare_bytes, mili_linear_prepare, MILI_GRAD(mili_linear_grad), 0 };
+
+// w is [.., r, c] with leading axes 1.
+MILI_FN mil_node *mili_linear(mil_node *x, mil_node *w, mil_node *bias, int transposed)
+{
+    x = mili_real(x);
+    w = mili_real(w);
+    if (!x || !w) return NULL;
+    const int64_t in = transposed ? w->cols : w->rank > 1 ? w->shape[w->rank - 2] : 0, out = transposed ? w->rows : w->cols;
+    if (x->rank < 1 || w->rank < 2 || w->count != in * out || x->cols != in || (bias && bias->count != out))
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "linear: x %s by weight %s%s%s: %lld and %lld differ", MILI_SHAPE(x), MILI_SHAPE(w),
+                             bias ? " and bias " : "", bias ? MILI_SHAPE(bias) : "", (long long)(x->rank ? x->cols : 0), (long long)in);
+    mil_spec s = mil_spec_make(&mili_op_linear, MIL_KIND_ROWS, x->rank, x->shape);
+    s.shape[x->rank - 1] = out;
+    s.input_count = bias ? 3 : 2;
+    s.input[0] = x;
+    s.input[1] = w;
+    s.input[2] = bias;
+    s.row_inputs = 1;
+    s.i[0] = transposed;
+    return mil_record(x->tape, &s);
+}
+
+MIL_DEF mil_node *mil_linear(mil_node *x, mil_node *weight, mil_node *bias)
+{
+    return mili_linear(x, weight, bias ? mili_real(bias) : NULL, 1);
+}
+
+// c [outer, p, q] = sum over rows of a [outer, n, p]^T b [outer, n, q]. The sum runs over the rows in order.
+MILI_FN size_t mili_matmul_tn_state(const mil_node *n) { return (size_t)(n->outer ? n->count / n->outer : 0) * sizeof(mil_real); }
+MILI_FN void mili_matmul_tn_begin(const mil_exec *x) { memset(x->state, 0, mili_matmul_tn_state(x->node)); }
+
+MILI_FN void mili_matmul_tn_block(const mil_exec *x, mil_real *c, int64_t p0, int64_t p1, int64_t rows, int accumulate, void *scratch)
+{
+    const int64_t p = x->node->shape[x->node->rank - 2], q = x->node->cols;
+    mili_gemm g;
+    memset(&g, 0, sizeof g);
+    g.m = p1 - p0;
+    g.n = q;
+    g.k = rows;
+    g.a = MILI_IN(x, 0) + p0;
+    g.a_row = 1;
+    g.a_col = p;
+    g.b = MILI_IN(x, 1);
+    g.b_row = q;
+    g.b_col = 1;
+    g.c = c + p0 * q;
+    g.c_row = q;
+    g.accumulate = accumulate;
+    g.scratch = (mil_real *)scratch;
+    mili_gemm_run(MILI_K(x), &g);
+}
+
+MILI_FN void mili_matmul_tn_step(const mil_exec *x)
+{
+    mili_matmul_tn_block(x, (mil_real *)x->state, 0, x->node->shape[x->node->rank - 2], x->rows, 1, x->scratch);
+}
+
+MILI_FN void mili_matmul_tn_merge(const mil_exec *x, void *into, const void *from)
+{
+    MILI_K(x)->add((mil_real *)into, (mil_real *)into, (const mil_real *)from, x->node->count / x->node->outer);
+}
+
+MILI_FN void mili_matmul_tn_finish(const mil_exec *x) { memcpy(x->out, x->state, mili_matmul_tn_state(x->node)); }
+
+enum { MILI_TN_BLOCK = 96 };                               // rows of the result per task
+
+MILI_FN void mili_matmul_tn_task(void *arg, int64_t index, void *scratch)
+{
+    const mil_exec *x = (const mil_exec *)arg;
+    const int64_t p = x->node->shape[x->node->rank - 2], p0 = index * MILI_TN_BLOCK;
+    mili_matmul_tn_block(x, MILI_OUT(x), p0, MILI_MIN(p0 + MILI_TN_BLOCK, p), x->rows, x->row > 0, scratch);
+}
+
+// Deferred: a wave of rows at a time, parallel over the result.
+MILI_FN void mili_matmul_tn_run(const mil_exec *x)
+{
+    union { const mil_exec *c; void *m; } u;               // tasks take a plain pointer and only read it
+    u.c = x;
+    const int64_t p = x->node->shape[x->node->rank - 2];
+    mil_exec_parallel(x, (p + MILI_TN_BLOCK - 1) / MILI_TN_BLOCK, mili_matmul_tn_task, u.m);
+}
+
+#ifndef MIL_NO_TRAINING
+// da = b dc^T;  db = a dc.
+MILI_FN void mili_matmul_tn_grad(mil_node *n, mil_node *dc)
+{
+    mil_node *a = n->input[0], *b = n->input[1];
+    if (mil_wants_grad(a)) mil_add_grad(a, mil_matmul_t(b, dc, 0, 1));
+    if (mil_wants_grad(b)) mil_add_grad(b, mil_matmul_t(a, dc, 0, 0));
+}
+#endif
+static const mil_op mili_op_matmul_tn = { "matmul_tn", mili_matmul_tn_run, mili_matmul_tn_state, mili_matmul_tn_begin, mili_matmul_tn_step, mili_matmul_tn_merge,
+                                          mili_matmul_tn_finish, mili_gemm_scratch_bytes, NULL, NULL, MILI_GRAD(mili_matmul_tn_grad), 0 };
+
+// a and b have the same leading axes and the same number of rows.
+MILI_FN mil_node *mili_matmul_tn(mil_node *a, mil_node *b)
+{
+    if (!a || !b) return NULL;
+    mil_spec s = mil_spec_make(&mili_op_matmul_tn, MIL_KIND_REDUCE, a->rank, a->shape);
+    s.shape[a->rank - 2] = a->cols;
+    s.shape[a->rank - 1] = b->cols;
+    s.rows = a->shape[a->rank - 2];
+    s.outer = mili_shape_count(a->rank - 2, a->shape);
+    s.input_count = 2;
+    s.input[0] = a;
+    s.input[1] = b;
+    s.row_inputs = 3;
+    return mil_record(a->tape, &s);
+}
+
+// Batches: c[o] = op(a[o]) op(b[o]); i[0], i[1]: transposes. Offsets of each batch follow NumPy's broadcasting.
+typedef struct mili_matmul_shape { int64_t n, m, k, batches, blocks; } mili_matmul_shape;
+enum { MILI_MATMUL_BLOCK = 192 };                          // rows of the result per task
+
+MILI_FN mili_matmul_shape mili_matmul_sizes(const mil_node *c)
+{
+    mili_matmul_shape s;
+    const mil_node *a = c->input[0];
+    s.n = c->shape[c->rank - 2];
+    s.m = c->cols;
+    s.k = c->i[0] ? a->shape[a->rank - 2] : a->cols;
+    s.batches = mili_shape_count(c->rank - 2, c->shape);
+    s.blocks = (s.n + MILI_MATMUL_BLOCK - 1) / MILI_MATMUL_BLOCK;
+    return s;
+}
+
+MILI_FN int64_t mili_batch_offset(const mil_node *c, const mil_node *in, int64_t batch)
+{
+    int64_t offset = 0, step = in->cols * in->shape[in->rank - 2];
+    for (int i = c->rank - 3; i >= 0; i--) {
+        const int j = i - (c->rank - in->rank);
+        const int64_t at = batch % c->shape[i];
+        batch /= c->shape[i];
+        if (j < 0) continue;
+        if (in->shape[j] != 1) offset += at * step;
+        step *= in->shape[j];
+    }
+    return offset;
+}
+
+MILI_FN void mili_matmul_task(void *arg, int64_t index, void *scratch)
+{
+    const mil_exec *x = (const mil_exec *)arg;
+    const mil_node *c = x->node, *a = c->input[0], *b = c->input[1];
+    const mili_matmul_shape s = mili_matmul_sizes(c);
+    const int64_t batch = index / s.blocks, row = index % s.blocks * MILI_MATMUL_BLOCK;
+    mili_gemm g;
+    memset(&g, 0, sizeof g);
+    g.m = MILI_MIN(MILI_MATMUL_BLOCK, s.n - row);
+    g.n = s.m;
+    g.k = s.k;
+    g.a_row = c->i[0] ? 1 : a->cols;
+    g.a_col = c->i[0] ? a->cols : 1;
+    g.a = MILI_IN(x, 0) + mili_batch_offset(c, a, batch) + row * g.a_row;
+    g.b = MILI_IN(x, 1) + mili_batch_offset(c, b, batch);
+    g.b_row = c->i[1] ? 1 : b->cols;
+    g.b_col = c->i[1] ? b->cols : 1;
+    g.c = MILI_OUT(x) + (batch * s.n + row) * s.m;
+    g.c_row = s.m;
+    g.scratch = (mil_real *)scratch;
+    mili_gemm_run(MILI_K(x), &g);
+}
+
+MILI_FN void mili_matmul_run(const mil_exec *x)
+{
+    union { const mil_exec *c; void *m; } u;
+    u.c = x;
+    const mili_matmul_shape s = mili_matmul_sizes(x->node);
+    mil_exec_parallel(x, s.batches * s.blocks, mili_matmul_task, u.m);
+}
+
+#ifndef MIL_NO_TRAINING
+// c = A B with A = a or a^T, B = b or b^T:  dA = dc B^T, dB = A^T dc, transposed back where needed.
+MILI_FN void mili_matmul_grad(mil_node *n, mil_node *dc)
+{
+    mil_node *a = n->input[0], *b = n->input[1];
+    const int ta = (int)n->i[0], tb = (int)n->i[1];
+    if (mil_wants_grad(a)) mil_add_grad(a, mili_sum_like(ta ? mil_matmul_t(b, dc, tb, 1) : mil_matmul_t(dc, b, 0, !tb), a));
+    if (mil_wants_grad(b)) mil_add_grad(b, mili_sum_like(tb ? mil_matmul_t(dc, a, 1, ta) : mil_matmul_t(a, dc, !ta, 0), b));
+}
+#endif
+static const mil_op mili_op_matmul = { "matmul", mili_matmul_run, NULL, NULL, NULL, NULL, NULL, mili_gemm_scratch_bytes, NULL, NULL, MILI_GRAD(mili_matmul_grad), 0 };
+
+MIL_DEF mil_node *mil_matmul_t(mil_node *a, mil_node *b, int transpose_a, int transpose_b)
+{
+    a = mili_real(a);
+    b = mili_real(b);
+    if (!a || !b) return NULL;
+    if (a->rank < 2 || b->rank < 2) return mil_tape_fail(a->tape, MIL_ERROR_SHAPE, "matmul: %s by %s: both need two axes", MILI_SHAPE(a), MILI_SHAPE(b));
+    const int64_t n = transpose_a ? a->cols : a->shape[a->rank - 2], k = transpose_a ? a->shape[a->rank - 2] : a->cols;
+    const int64_t m = transpose_b ? b->shape[b->rank - 2] : b->cols, k2 = transpose_b ? b->cols : b->shape[b->rank - 2];
+    if (k != k2)
+        return mil_tape_fail(a->tape, MIL_ERROR_SHAPE, "matmul: %s%s by %s%s: %lld and %lld differ", MILI_SHAPE(a), transpose_a ? "^T" : "",
+                             MILI_SHAPE(b), transpose_b ? "^T" : "", (long long)k, (long long)k2);
+    const int64_t batches_b = mili_shape_count(b->rank - 2, b->shape);
+    if (!transpose_a && batches_b == 1 && b->rank <= a->rank) return mili_linear(a, b, NULL, transpose_b);
+
+    const int rank = MILI_MAX(a->rank, b->rank);
+    mil_spec s = mil_spec_make(&mili_op_matmul, MIL_KIND_WHOLE, 0, NULL);
+    int same = a->rank == b->rank;
+    for (int i = 0; i < rank - 2; i++) {
+        const int ia = i - (rank - a->rank), ib = i - (rank - b->rank);
+        const int64_t la = ia >= 0 ? a->shape[ia] : 1, lb = ib >= 0 ? b->shape[ib] : 1;
+        if (la != lb && la != 1 && lb != 1) return mil_tape_fail(a->tape, MIL_ERROR_SHAPE, "matmul: %s by %s: leading axes do not broadcast", MILI_SHAPE(a), MILI_SHAPE(b));
+        s.shape[i] = la == 1 ? lb : la;
+        same &= la == lb;
+    }
+    if (transpose_a && !transpose_b && same) return mili_matmul_tn(a, b);
+    s.rank = rank;
+    s.shape[rank - 2] = n;
+    s.shape[rank - 1] = m;
+    s.input_count = 2;
+    s.input[0] = a;
+    s.input[1] = b;
+    s.i[0] = transpose_a;
+    s.i[1] = transpose_b;
+    return mil_record(a->tape, &s);
+}
+
+MIL_DEF mil_node *mil_matmul(mil_node *a, mil_node *b) { return mil_matmul_t(a, b, 0, 0); }
+
+// ---- attention pooling ----
+// z[k] = sum_n p[n,k] v[n], p = softmax over n of s. State per k: the running maximum m, the sum l of exp(s - m), and
+// z = sum of exp(s - m) v, rescaled whenever m grows. A row of weight 0 is skipped, so that a masked NaN spoils nothing.
+typedef struct mili_pool_shape { int64_t K, E; } mili_pool_shape;
+
+MILI_FN mili_pool_shape mili_pool_sizes(const mil_node *n)
+{
+    mili_pool_shape s;
+    s.K = n->shape[n->rank - 2];
+    s.E = n->cols;
+    return s;
+}
+
+MILI_FN size_t mili_pool_state(const mil_node *n)
+{
+    const mili_pool_shape s = mili_pool_sizes(n);
+    return (size_t)(s.K * (2 + s.E)) * sizeof(mil_real);
+}
+
+MILI_FN void mili_pool_begin(const mil_exec *x)
+{
+    const mili_pool_shape s = mili_pool_sizes(x->node);
+    mil_real *top = (mil_real *)x->state;
+    memset(x->state, 0, mili_pool_state(x->node));
+    for (int64_t k = 0; k < s.K; k++) top[k] = -MILI_INF;
+}
+
+MILI_FN void mili_pool_step(const mil_exec *x)
+{
+    const mili_kernels *K = MILI_K(x);
+    const mili_pool_shape s = mili_pool_sizes(x->node);
+    const mil_real *scores = MILI_IN(x, 0), *values = MILI_IN(x, 1);
+    mil_real *top = (mil_real *)x->state, *sum = top + s.K, *z = sum + s.K;
+    for (int64_t k = 0; k < s.K; k++) {
+        for (int64_t begin = 0; begin < x->rows; begin += MILI_TILE_ROWS) {          // also when rows are not tiled
+            const int64_t end = MILI_MIN(begin + MILI_TILE_ROWS, x->rows);
+            mil_real m = top[k], weight[MILI_TILE_ROWS];
+            for (int64_t r = begin; r < end; r++) {
+                const mil_real v = scores[r * s.K + k];
+                weight[r - begin] = v;
+                if (v > m || mili_is_nan(v)) m = v;
+            }
+            if (m == -MILI_INF) continue;
+            if (m != top[k]) {
+                const mil_real scale = top[k] == -MILI_INF ? 0 : mili_exp(top[k] - m);
+                sum[k] *= scale;
+                K->scale(z + k * s.E, z + k * s.E, scale, 0, s.E);
+                top[k] = m;
+            }
+            sum[k] += K->exp_sum(weight, weight, end - begin, m);
+            for (int64_t r = begin; r < end; r++)
+                if (weight[r - begin] != 0) K->axpy(z + k * s.E, weight[r - begin], values + r * s.E, s.E);
+        }
+    }
+}
+
+MILI_FN void mili_pool_merge(const mil_exec *x, void *into, const void *from)
+{
+    const mili_kernels *K = MILI_K(x);
+    const mili_pool_shape s = mili_pool_sizes(x->node);
+    mil_real *top = (mil_real *)into, *sum = top + s.K, *z = sum + s.K;
+    const mil_real *top2 = (const mil_real *)from, *sum2 = top2 + s.K, *z2 = sum2 + s.K;
+    for (int64_t k = 0; k < s.K; k++) {
+        if (top2[k] == -MILI_INF) continue;
+        if (top[k] == -MILI_INF) {
+            top[k] = top2[k];
+            sum[k] = sum2[k];
+            memcpy(z + k * s.E, z2 + k * s.E, (size_t)s.E * sizeof *z);
+            continue;
+        }
+        const mil_real m = top2[k] > top[k] || mili_is_nan(top2[k]) ? top2[k] : top[k];
+        const mil_real scale = mili_exp(top[k] - m), scale2 = mili_exp(top2[k] - m);
+        sum[k] = sum[k] * scale + sum2[k] * scale2;
+        K->scale(z + k * s.E, z + k * s.E, scale, 0, s.E);
+        K->axpy(z + k * s.E, scale2, z2 + k * s.E, s.E);
+        top[k] = m;
+    }
+}
+
+// The second result is the log-sum-exp of the scores, from which the gradient gets the weights back.
+MILI_FN void mili_pool_finish(const mil_exec *x)
+{
+    const mili_pool_shape s = mili_pool_sizes(x->node);
+    const mil_real *top = (const mil_real *)x->state, *sum = top + s.K, *z = sum + s.K;
+    for (int64_t k = 0; k < s.K; k++) {
+        const int empty = top[k] == -MILI_INF;
+        MILI_K(x)->scale(MILI_OUT(x) + k * s.E, z + k * s.E, empty ? 0 : 1 / sum[k], 0, s.E);
+        if (x->second) ((mil_real *)x->second)[k] = empty ? top[k] : top[k] + mili_log(sum[k]);
+    }
+}
+
+#ifndef MIL_NO_TRAINING
+// With p [B, N, K] the weights:  dv[n] = sum_k p[n,k] dz[k];  ds[n,k] = p[n,k] (v[n] . dz[k] - z[k] . dz[k]).
+MILI_FN void mili_pool_grad(mil_node *n, mil_node *dz)
+{
+    mil_node *scores = n->input[0], *values = n->input[1];
+    mil_node *p = mili_binary(scores, n->second, MILI_BINARY_weights, 0);
+    if (mil_wants_grad(values)) mil_add_grad(values, mil_matmul(p, dz));
+    if (mil_wants_grad(scores)) {
+        mil_node *mean = mil_transpose(mil_sum(mil_mul(n, dz), -1));                 // [B, 1, K]
+        mil_add_grad(scores, mil_mul(p, mil_sub(mil_matmul_t(values, dz, 0, 1), mean)));
+    }
+}
+#endif
+static const mil_op mili_op_softmax_pool = MILI_REDUCE_OP("softmax_pool", mili_pool_state, mili_pool_begin, mili_pool_step, mili_pool_merge, mili_pool_finish, mili_pool_grad);
+
+MIL_DEF mil_node *mil_softmax_pool(mil_node *scores, mil_node *values)
+{
+    scores = mili_real(scores);
+    values = mili_real(values);
+    if (!scores || !values) return NULL;
+    int ok = scores->rank == values->rank && scores->rank >= 2;
+    for (int i = 0; ok && i < scores->rank - 1; i++) ok = scores->shape[i] == values->shape[i];
+    if (!ok || scores->shape[scores->rank - 2] < 1)
+        return mil_tape_fail(scores->tape, MIL_ERROR_SHAPE, "softmax_pool: scores %s and values %s need the same instances, at least one", MILI_SHAPE(scores), MILI_SHAPE(values));
+    const int r = scores->rank;
+    mil_spec s = mil_spec_make(&mili_op_softmax_pool, MIL_KIND_REDUCE, r, scores->shape);
+    s.outer = mili_shape_count(r - 2, scores->shape);
+    s.rows = scores->shape[r - 2];
+    s.shape[r - 2] = scores->cols;
+    s.shape[r - 1] = values->cols;
+    s.input_count = 2;
+    s.input[0] = scores;
+    s.input[1] = values;
+    s.row_inputs = 3;
+    mil_node *z = mil_record(scores->tape, &s);
+    s.shape[r - 2] = 1;
+    s.shape[r - 1] = scores->cols;
+    mil_node_second(z, MIL_REAL_DTYPE, r, s.shape);
+    return z;
+}
+
+// ---- layer norm ----
+// y = (x - mean) / sqrt(var + eps) w + b over the last axis, biased variance.
+MILI_FN void mili_row_stats(const mili_kernels *K, const mil_real *x, int64_t n, double eps, mil_real *mean, mil_real *scale)
+{
+    const mil_real m = K->sum(x, n) / (mil_real)n;
+    mil_real sum = 0;
+    for (int64_t j = 0; j < n; j++) sum += (x[j] - m) * (x[j] - m);
+    *mean = m;
+    *scale = 1 / mili_sqrt(sum / (mil_real)n + (mil_real)eps);
+}
+
+MILI_FN void mili_layer_norm_run(const mil_exec *x)
+{
+    const mili_kernels *K = MILI_K(x);
+    const int64_t n = x->node->cols;
+    const int affine = x->node->input_count > 1;
+    for (int64_t r = 0; r < x->rows; r++) {
+        const mil_real *a = MILI_IN(x, 0) + r * n;
+        mil_real *y = MILI_OUT(x) + r * n, mean, scale;
+        mili_row_stats(K, a, n, x->node->r[0], &mean, &scale);
+        for (int64_t j = 0; j < n; j++) y[j] = (a[j] - mean) * scale;
+        if (!affine) continue;
+        K->mul(y, y, MILI_IN(x, 1), n);
+        K->add(y, y, MILI_IN(x, 2), n);
+    }
+}
+
+#ifndef MIL_NO_TRAINING
+// With h = (x - mean) s and g = dy w:  dx = s (g - mean(g) - h mean(g h)).  dw = sum dy h, db = sum dy.
+MILI_FN void mili_layer_norm_grad_run(const mil_exec *x)
+{
+    const mili_kernels *K = MILI_K(x);
+    const int64_t n = x->node->cols;
+    const int affine = x->node->input_count > 2;
+    for (int64_t r = 0; r < x->rows; r++) {
+        const mil_real *a = MILI_IN(x, 0) + r * n, *dy = MILI_IN(x, 1) + r * n, *w = affine ? MILI_IN(x, 2) : NULL;
+        mil_real *dx = MILI_OUT(x) + r * n, mean, scale, sum_g = 0, sum_gh = 0;
+        mili_row_stats(K, a, n, x->node->r[0], &mean, &scale);
+        for (int64_t j = 0; j < n; j++) {
+            const mil_real g = w ? dy[j] * w[j] : dy[j];
+            dx[j] = g;
+            sum_g += g;
+            sum_gh += g * (a[j] - mean) * scale;
+        }
+        for (int64_t j = 0; j < n; j++) dx[j] = scale * (dx[j] - sum_g / (mil_real)n - (a[j] - mean) * scale * (sum_gh / (mil_real)n));
+    }
+}
+static const mil_op mili_op_layer_norm_grad = MILI_ROWS_OP("gradient of layer_norm", mili_layer_norm_grad_run, NULL);
+
+MILI_FN void mili_layer_norm_grad(mil_node *n, mil_node *dy)
+{
+    mil_node *x = n->input[0], *w = n->input_count > 1 ? n->input[1] : NULL, *b = w ? n->input[2] : NULL;
+    if (mil_wants_grad(x)) {
+        mil_spec s = mil_spec_make(&mili_op_layer_norm_grad, MIL_KIND_ROWS, n->rank, n->shape);
+        s.input_count = w ? 3 : 2;
+        s.input[0] = x;
+        s.input[1] = dy;
+        s.input[2] = w;
+        s.row_inputs = 3;
+        s.r[0] = n->r[0];
+        mil_add_grad(x, mil_record(n->tape, &s));
+    }
+    if (mil_wants_grad(w)) mil_add_grad(w, mil_sum_to(mil_mul(dy, mil_layer_norm(x, NULL, NULL, n->r[0])), w->rank, w->shape));
+    if (mil_wants_grad(b)) mil_add_grad(b, mil_sum_to(dy, b->rank, b->shape));
+}
+#endif
+static const mil_op mili_op_layer_norm = MILI_ROWS_OP("layer_norm", mili_layer_norm_run, mili_layer_norm_grad);
+
+MIL_DEF mil_node *mil_layer_norm(mil_node *x, mil_node *weight, mil_node *bias, double eps)
+{
+    x = mili_real(x);
+    if (!x) return NULL;
+    const int affine = weight || bias;
+    if (affine) { weight = mili_real(weight); bias = mili_real(bias); }
+    if (affine && (!weight || !bias)) return NULL;
+    if (x->rank < 1 || x->cols < 1 || (affine && (weight->count != x->cols || bias->count != x->cols)))
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "layer_norm: x %s, weight %s, bias %s", MILI_SHAPE(x), affine ? MILI_SHAPE(weight) : "none", affine ? MILI_SHAPE(bias) : "none");
+    mil_spec s = mil_spec_make(&mili_op_layer_norm, MIL_KIND_ROWS, x->rank, x->shape);
+    s.input_count = affine ? 3 : 1;
+    s.input[0] = x;
+    s.input[1] = weight;
+    s.input[2] = bias;
+    s.row_inputs = 1;
+    s.r[0] = eps;
+    return mil_record(x->tape, &s);
+}
+
+// ---- selection ----
+// Whether all indices lie in 0..length-1; if not, records which one does not.
+MILI_FN int mili_check_index(const mil_exec *x, const int64_t *index, int64_t count, int64_t length)
+{
+    for (int64_t i = 0; i < count; i++)
+        if (index[i] < 0 || index[i] >= length) {
+            mili_fail(x->ctx, MIL_ERROR_ARGUMENT, "%s%s%s: index %lld at %lld is outside 0..%lld", x->node->layer, x->node->layer[0] ? ": " : "",
+                      x->node->op->name, (long long)index[i], (long long)i, (long long)(length - 1));
+            return 0;
+        }
+    return 1;
+}
+
+MILI_FN void mili_gather_run(const mil_exec *x)            // y [outer, k, inner] = x [outer, index[k], inner]
+{
+    const mil_node *n = x->node;
+    const mili_around from = mili_around_axis(n->input[0], (int)n->i[0]);
+    const int64_t *index = MILI_IN_INDEX(x, 1), k = n->input[1]->count;
+    const size_t size = mil_dtype_size(n->dtype), piece = (size_t)from.inner * size;
+    if (!mili_check_index(x, index, k, from.n)) return;
+    for (int64_t o = 0; o < from.outer; o++)
+        for (int64_t i = 0; i < k; i++)
+            memcpy((char *)x->out + (size_t)(o * k + i) * piece, (const char *)x->in[0] + (size_t)(o * from.n + index[i]) * piece, piece);
+}
+
+MILI_FN void mili_scatter_run(const mil_exec *x)           // y [outer, index[k], inner] += x [outer, k, inner], in the order of k
+{
+    const mil_node *n = x->node;
+    const mili_around to = mili_around_axis(n, (int)n->i[0]);
+    const int64_t *index = MILI_IN_INDEX(x, 1), k = n->input[1]->count;
+    memset(x->out, 0, (size_t)n->count * sizeof(mil_real));
+    if (!mili_check_index(x, index, k, to.n)) return;
+    for (int64_t o = 0; o < to.outer; o++)
+        for (int64_t i = 0; i < k; i++) {
+            mil_real *y = MILI_OUT(x) + (o * to.n + index[i]) * to.inner;
+            MILI_K(x)->add(y, y, MILI_IN(x, 0) + (o * k + i) * to.inner, to.inner);
+        }
+}
+
+#ifndef MIL_NO_TRAINING
+MILI_FN void mili_gather_grad(mil_node *n, mil_node *dy)
+{
+    const int a = (int)n->i[0];
+    mil_add_grad(n->input[0], mil_scatter_add(dy, n->input[1], a, n->input[0]->shape[a]));
+}
+MILI_FN void mili_scatter_grad(mil_node *n, mil_node *dy) { mil_add_grad(n->input[0], mil_gather(dy, n->input[1], (int)n->i[0])); }
+#endif
+static const mil_op mili_op_gather = MILI_WHOLE_OP("gather", mili_gather_run, mili_gather_grad);
+static const mil_op mili_op_scatter_add = MILI_WHOLE_OP("scatter_add", mili_scatter_run, mili_scatter_grad);
+
+MIL_DEF mil_node *mil_gather(mil_node *x, mil_node *index, int axis)
+{
+    if (x && x->dtype != MIL_I64) x = mili_real(x);
+    index = mili_index(index);
+    if (!x || !index) return NULL;
+    const int a = mili_axis(x, axis, "gather");
+    if (a < 0) return NULL;
+    if (index->count != index->cols && index->rank > 0 && index->count != index->shape[0])
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "gather: the index is [k], not %s", MILI_SHAPE(index));
+    mil_spec s = mil_spec_make(&mili_op_gather, MIL_KIND_WHOLE, x->rank, x->shape);
+    s.dtype = x->dtype;
+    s.shape[a] = index->count;
+    s.input_count = 2;
+    s.input[0] = x;
+    s.input[1] = index;
+    s.i[0] = a;
+    return mil_record(x->tape, &s);
+}
+
+MIL_DEF mil_node *mil_scatter_add(mil_node *x, mil_node *index, int axis, int64_t length)
+{
+    x = mili_real(x);
+    index = mili_index(index);
+    if (!x || !index) return NULL;
+    const int a = mili_axis(x, axis, "scatter_add");
+    if (a < 0) return NULL;
+    if (x->shape[a] != index->count || length < 0)
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "scatter_add: axis %d of %s by index %s to length %lld", a, MILI_SHAPE(x), MILI_SHAPE(index), (long long)length);
+    mil_spec s = mil_spec_make(&mili_op_scatter_add, MIL_KIND_WHOLE, x->rank, x->shape);
+    s.shape[a] = length;
+    s.input_count = 2;
+    s.input[0] = x;
+    s.input[1] = index;
+    s.i[0] = a;
+    return mil_record(x->tape, &s);
+}
+
+MILI_FN void mili_one_hot_run(const mil_exec *x)
+{
+    const int64_t classes = x->node->cols, *index = MILI_IN_INDEX(x, 0);
+    memset(x->out, 0, (size_t)x->node->count * sizeof(mil_real));
+    if (!mili_check_index(x, index, x->node->input[0]->count, classes)) return;
+    for (int64_t i = 0; i < x->node->input[0]->count; i++) MILI_OUT(x)[i * classes + index[i]] = 1;
+}
+static const mil_op mili_op_one_hot = MILI_WHOLE_OP("one_hot", mili_one_hot_run, NULL);
+
+MIL_DEF mil_node *mil_one_hot(mil_node *index, int64_t classes)
+{
+    index = mili_index(index);
+    if (!index) return NULL;
+    if (index->rank >= MIL_MAX_RANK || classes < 1) return mil_tape_fail(index->tape, MIL_ERROR_SHAPE, "one_hot: %s to %lld classes", MILI_SHAPE(index), (long long)classes);
+    mil_spec s = mil_spec_make(&mili_op_one_hot, MIL_KIND_WHOLE, index->rank, index->shape);
+    s.shape[s.rank++] = classes;
+    s.input_count = 1;
+    s.input[0] = index;
+    return mil_record(index->tape, &s);
+}
+
+// ---- random draws ----
+// The stream of a draw is the hash of its name; element e of step t is number (t, e) of it.
+MILI_FN void mili_random_run(const mil_exec *x)
+{
+    const mil_node *n = x->node;
+    const mil_tape *tape = n->tape;
+    const uint64_t stream = (uint64_t)n->i[1] ^ mili_mix(tape->step);
+    const int64_t first = x->row * n->cols;
+    for (int64_t i = 0; i < x->rows * n->cols; i++) {
+        const uint64_t at = (uint64_t)(first + i);
+        MILI_OUT(x)[i] = (mil_real)(n->i[0] ? mili_random_gauss(tape->seed, stream, at) : mili_random_unit(tape->seed, stream, at));
+        if (!n->i[0] && MILI_OUT(x)[i] >= 1) MILI_OUT(x)[i] = (mil_real)(1 - 1.0 / 16777216);        // rounded up to 1
+    }
+}
+static const mil_op mili_op_random = MILI_ROWS_OP("random", mili_random_run, NULL);
+
+MILI_FN void mili_permutation_run(const mil_exec *x)       // Fisher and Yates
+{
+    const mil_tape *tape = x->node->tape;
+    const uint64_t stream = (uint64_t)x->node->i[1] ^ mili_mix(tape->step);
+    int64_t *p = (int64_t *)x->out;
+    for (int64_t i = 0; i < x->node->count; i++) p[i] = i;
+    for (int64_t i = x->node->count - 1; i > 0; i--) {
+        const int64_t j = (int64_t)(mili_random_bits(tape->seed, stream, (uint64_t)i) % (uint64_t)(i + 1)), t = p[i];
+        p[i] = p[j];
+        p[j] = t;
+    }
+}
+static const mil_op mili_op_permutation = MILI_WHOLE_OP("permutation", mili_permutation_run, NULL);
+
+// The n-th draw of the same name on a tape is called "name.n".
+MILI_FN int mili_draw_name(mil_tape *tape, const char *name, char *full, size_t size)
+{
+    int64_t i = 0;
+    while (i < tape->drawn_count && strcmp(tape->drawn[i].name, name) != 0) i++;
+    if (i == tape->drawn_count) {
+        if (!mili_reserve(tape->ctx, (void **)&tape->drawn, &tape->drawn_capacity, i + 1, sizeof *tape->drawn)) { mili_tape_fail_ctx(tape); return 0; }
+        tape->drawn[i].name = mili_arena_text(tape->ctx, &tape->arena, name);
+        tape->drawn[i].times = 0;
+        if (!tape->drawn[i].name) { mili_tape_fail_ctx(tape); return 0; }
+        tape->drawn_count++;
+    }
+    const int64_t times = tape->drawn[i].times++;
+    if (times) snprintf(full, size, "%s.%lld", name, (long long)times);
+    else snprintf(full, size, "%s", name);
+    return 1;
+}
+
+// The draw: the caller's values if there are any under this name, else a node of `op`.
+MILI_FN mil_node *mili_draw_node(mil_tape *tape, const char *name, const mil_op *op, mil_kind kind, mil_dtype dtype, int gauss, int rank, const int64_t *shape, int *supplied)
+{
+    char full[96];
+    *supplied = 0;
+    if (!tape || tape->status != MIL_OK) return NULL;
+    if (!name || strlen(name) > 64) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: a draw needs a name of at most 64 letters", op->name);
+    if (!mili_draw_name(tape, name, full, sizeof full)) return NULL;
+    for (int64_t i = 0; i < tape->draw_count; i++) {
+        if (strcmp(tape->draw[i].name, full) != 0) continue;
+        const mil_tensor *t = &tape->draw[i].values;
+        const int64_t count = mili_shape_count(rank, shape);
+        if (mil_tensor_count(t) != count)
+            return mil_tape_fail(tape, MIL_ERROR_SHAPE, "draw %s: %lld values where %s are drawn", full, (long long)mil_tensor_count(t), mili_shape_text(rank, shape).s);
+        *supplied = 1;
+        mil_node *in = mil_input(tape, full, t);
+        return mil_reshape(dtype == MIL_I64 ? mili_index(in) : mili_real(in), rank, shape);
+    }
+    mil_spec s = mil_spec_make(op, kind, rank, shape);
+    s.dtype = dtype;
+    s.i[0] = gauss;
+    s.i[1] = (int64_t)mili_hash_text(full);
+    return mil_record(tape, &s);
+}
+
+MIL_DEF mil_node *mil_random_uniform(mil_tape *tape, const char *name, int rank, const int64_t *shape)
+{
+    int supplied;
+    return mili_draw_node(tape, name, &mili_op_random, MIL_KIND_ROWS, MIL_REAL_DTYPE, 0, rank, shape, &supplied);
+}
+
+MIL_DEF mil_node *mil_random_normal(mil_tape *tape, const char *name, int rank, const int64_t *shape)
+{
+    int supplied;
+    return mili_draw_node(tape, name, &mili_op_random, MIL_KIND_ROWS, MIL_REAL_DTYPE, 1, rank, shape, &supplied);
+}
+
+MIL_DEF mil_node *mil_random_permutation(mil_tape *tape, const char *name, int64_t n)
+{
+    int supplied;
+    return mili_draw_node(tape, name, &mili_op_permutation, MIL_KIND_WHOLE, MIL_I64, 0, 1, &n, &supplied);
+}
+
+// A supplied draw is the mask itself (1 = kept); the library's own is uniform and compared with the rate in the kernel.
+MIL_DEF mil_node *mil_dropout(mil_node *x, double rate, const char *name)
+{
+    x = mili_real(x);
+    if (!x || !x->tape->training || rate == 0) return x;
+    if (!(rate > 0 && rate < 1)) return mil_tape_fail(x->tape, MIL_ERROR_ARGUMENT, "dropout: the rate %g is not in [0, 1)", rate);
+    int supplied;
+    mil_node *draw = mili_draw_node(x->tape, name, &mili_op_random, MIL_KIND_ROWS, MIL_REAL_DTYPE, 0, x->rank, x->shape, &supplied);
+    if (!draw) return NULL;
+    return supplied ? mil_affine(mil_mask_fill(x, draw, 0), 1 / (1 - rate), 0) : mili_binary(x, draw, MILI_BINARY_drop, rate);
+}
+
+// ==== >>layer-code: layers ========================================================================================
+// ==== >>json: a strict JSON reader ================================================================================
+// mili_json_parse checks a whole text once: RFC 8259, no leniency, UTF-8 valid, no lone surrogates, depth bounded, no
+// recursion. After that a value is just its span of the text, and members are found by walking it: nothing is allocated.
+
+typedef struct mili_json { const char *text; size_t size; } mili_json;    // one checked value; size 0: there is none
+typedef struct mili_json_iter { const char *at; int object; } mili_json_iter;
+
+#define MILI_JSON_MAX_DEPTH 64                             // one bit per level
+
+// Bytes of the UTF-8 character at `at` (1..4), 0 when it is not one: overlong, a surrogate, above U+10FFFF, cut off.
+MILI_FN int mili_utf8_size(const char *at, const char *end)
+{
+    const unsigned char *s = (const unsigned char *)at;
+    const size_t room = (size_t)(end - at);
+    if (room >= 1 && s[0] < 0x80) return 1;
+    if (room >= 2 && s[0] >= 0xc2 && s[0] < 0xe0 && (s[1] & 0xc0) == 0x80) return 2;
+    if (room >= 3 && (s[0] & 0xf0) == 0xe0 && (s[1] & 0xc0) == 0x80 && (s[2] & 0xc0) == 0x80) {
+        const int code = (s[0] & 15) << 12 | (s[1] & 63) << 6 | (s[2] & 63);
+        return code >= 0x800 && (code < 0xd800 || code > 0xdfff) ? 3 : 0;
+    }
+    if (room >= 4 && (s[0] & 0xf8) == 0xf0 && (s[1] & 0xc0) == 0x80 && (s[2] & 0xc0) == 0x80 && (s[3] & 0xc0) == 0x80) {
+        const int code = (s[0] & 7) << 18 | (s[1] & 63) << 12 | (s[2] & 63) << 6 | (s[3] & 63);
+        return code >= 0x10000 && code <= 0x10ffff ? 4 : 0;
+    }
+    return 0;
+}
+
+MILI_FN int mili_utf8_valid(const char *text, size_t size)
+{
+    const char *end = text + size;
+    while (text < end) {
+        const int n = mili_utf8_size(text, end);
+        if (!n) return 0;
+        text += n;
+    }
+    return 1;
+}
+
+// A name from outside, fit for an error sentence: quoted, control characters as '?', cut after 90 bytes.
+typedef struct mili_quoted { char text[112]; } mili_quoted;
+
+MILI_FN mili_quoted mili_quote_n(const char *name, size_t size)
+{
+    mili_quoted q;
+    size_t n = 0;
+    const char *end = name + size;
+    q.text[n++] = '"';
+    while (name < end && n < 90) {
+        int step = mili_utf8_size(name, end);
+        if (step == 0 || (unsigned char)*name < 0x20 || *name == 0x7f) { q.text[n++] = '?'; name++; continue; }
+        while (step--) q.text[n++] = *name++;
+    }
+    memcpy(q.text + n, name < end ? "...\"" : "\"", name < end ? 5 : 2);
+    return q;
+}
+
+MILI_FN mili_quoted mili_quote(const char *name) { return mili_quote_n(name, strlen(name)); }
+
+// A path for an error sentence: its end, when it is long.
+MILI_FN const char *mili_path_tail(const char *path)
+{
+    const size_t n = strlen(path);
+    return n > 300 ? path + (n - 300) : path;
+}
+
+MILI_INLINE int mili_json_is_space(char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r'; }
+MILI_INLINE int mili_is_digit(char c) { return c >= '0' && c <= '9'; }
+
+// Four hex digits, or -1.
+MILI_FN int mili_json_hex4(const char *at, const char *end)
+{
+    int code = 0;
+    if (end - at < 4) return -1;
+    for (int i = 0; i < 4; i++) {
+        const char c = at[i];
+        if (mili_is_digit(c)) code = code * 16 + (c - '0');
+        else if (c >= 'a' && c <= 'f') code = code * 16 + (c - 'a' + 10);
+        else if (c >= 'A' && c <= 'F') code = code * 16 + (c - 'A' + 10);
+        else return -1;
+    }
+    return code;
+}
+
+// The three checkers move *at past what they accept and return NULL, or leave it at the fault and return what is wrong.
+MILI_FN const char *mili_json_check_string(const char **at, const char *end)
+{
+    const char *s = *at + 1;
+    for (;;) {
+        *at = s;
+        if (s == end) return "a string that does not end";
+        if (*s == '"') { *at = s + 1; return NULL; }
+        if ((unsigned char)*s < 0x20) return "a control character in a string";
+        if (*s != '\\') {
+            const int n = mili_utf8_size(s, end);
+            if (!n) return "invalid UTF-8";
+            s += n;
+            continue;
+        }
+        if (++s == end) return "a string that does not end";
+        if (*s != 'u') {
+            if (*s == 0 || !strchr("\"\\/bfnrt", *s)) return "an escape that does not exist";
+            s++;
+            continue;
+        }
+        const int code = mili_json_hex4(s + 1, end);
+        if (code < 0) return "\\u without four hex digits";
+        s += 5;
+        if (code >= 0xdc00 && code <= 0xdfff) return "a lone surrogate";
+        if (code >= 0xd800 && code <= 0xdbff) {
+            const int low = end - s >= 6 && s[0] == '\\' && s[1] == 'u' ? mili_json_hex4(s + 2, end) : -1;
+            if (low < 0xdc00 || low > 0xdfff) return "a lone surrogate";
+            s += 6;
+        }
+    }
+}
+
+MILI_FN const char *mili_json_check_number(const char **at, const char *end)
+{
+    const char *s = *at;
+    const char *why = NULL;
+    if (s < end && *s == '-') s++;
+    if (s == end || !mili_is_digit(*s)) why = "a number without digits";
+    else if (*s == '0' && s + 1 < end && mili_is_digit(s[1])) why = "a number with a leading zero";
+    while (s < end && mili_is_digit(*s)) s++;
+    if (!why && s < end && *s == '.') {
+        s++;
+        if (s == end || !mili_is_digit(*s)) why = "a number without digits after the point";
+        while (s < end && mili_is_digit(*s)) s++;
+    }
+    if (!why && s < end && (*s == 'e' || *s == 'E')) {
+        s++;
+        if (s < end && (*s == '+' || *s == '-')) s++;
+        if (s == end || !mili_is_digit(*s)) why = "a number without digits in its exponent";
+        while (s < end && mili_is_digit(*s)) s++;
+    }
+    if (!why) *at = s;
+    return why;
+}
+
+MILI_FN const char *mili_json_check_word(const char **at, const char *end)
+{
+    static const char *const words[] = { "true", "false", "null" };
+    for (int i = 0; i < MILI_COUNT(words); i++) {
+        const size_t n = strlen(words[i]);
+        if ((size_t)(end - *at) >= n && memcmp(*at, words[i], n) == 0) { *at += n; return NULL; }
+    }
+    return "no value: expected an object, array, string, number, true, false or null";
+}
+
+// Checks the value at *at, which is left after it or at the fault.
+MILI_FN const char *mili_json_check(const char **at, const char *end, int max_depth)
+{
+    enum { VALUE, FIRST_VALUE, KEY, FIRST_KEY, AFTER } state = VALUE;
+    uint64_t objects = 0;                                  // bit d: the container at depth d is an object
+    int depth = 0;
+    const char *why;
+    for (;;) {
+        while (*at < end && mili_json_is_space(**at)) ++*at;
+        if (*at == end) return "the text ends in the middle of a value";
+        const char c = **at;
+        const int object = depth > 0 && (objects >> (depth - 1) & 1);
+        const int closes = depth > 0 && c == (object ? '}' : ']') && state != VALUE && state != KEY;
+        if (closes) {
+            ++*at;
+            if (--depth == 0) return NULL;
+            state = AFTER;
+        } else if (state == AFTER) {
+            if (c != ',') return object ? "expected , or } after a member" : "expected , or ] after an element";
+            ++*at;
+            state = object ? KEY : VALUE;
+        } else if (state == KEY || state == FIRST_KEY) {
+            if (c != '"') return "expected a name in double quotes";
+            why = mili_json_check_string(at, end);
+            if (why) return why;
+            while (*at < end && mili_json_is_space(**at)) ++*at;
+            if (*at == end || **at != ':') return "expected : after a name";
+            ++*at;
+            state = VALUE;
+        } else if (c == '{' || c == '[') {
+            if (depth == max_depth) return "nested too deep";
+            objects = (objects & ~((uint64_t)1 << depth)) | (uint64_t)(c == '{') << depth;
+            depth++;
+            ++*at;
+            state = c == '{' ? FIRST_KEY : FIRST_VALUE;
+        } else {
+            if (c == '"') why = mili_json_check_string(at, end);
+            else if (c == '-' || mili_is_digit(c)) why = mili_json_check_number(at, end);
+            else why = mili_json_check_word(at, end);
+            if (why) return why;
+            if (depth == 0) return NULL;
+            state = AFTER;
+        }
+    }
+}
+
+// Checks `text` and gives its one value; max_depth counts nested containers, at most MILI_JSON_MAX_DEPTH.
+// `what` starts the error sentence. Errors: MIL_ERROR_FORMAT.
+MILI_FN mil_status mili_json_parse(mil_context *ctx, const char *what, const char *text, size_t size, int max_depth, mili_json *out)
+{
+    const char *at = text, *end = text + size;
+    while (at < end && mili_json_is_space(*at)) at++;
+    const char *start = at, *why;
+    out->text = NULL;
+    out->size = 0;
+    if (at == end) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: JSON: empty", what);
+    why = mili_json_check(&at, end, MILI_MIN(max_depth, MILI_JSON_MAX_DEPTH));
+    const char *stop = at;
+    if (!why) {
+        while (at < end && mili_json_is_space(*at)) at++;
+        if (at < end) why = "something follows the value";
+    }
+    if (why) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: JSON: byte %llu: %s", what, (unsigned long long)(at - text), why);
+    out->text = start;
+    out->size = (size_t)(stop - start);
+    return MIL_OK;
+}
+
+// '{' '[' '"' 't' (true) 'f' (false) 'n' (null) '0' (a number), or 0 for no value.
+MILI_FN char mili_json_kind(mili_json v)
+{
+    if (!v.size) return 0;
+    return v.text[0] == '-' || mili_is_digit(v.text[0]) ? '0' : v.text[0];
+}
+
+// The end of the checked string, object or array at `at`.
+MILI_FN const char *mili_json_skip(const char *at)
+{
+    int64_t depth = 0;
+    do {
+        if (*at == '"') {
+            for (at++; *at != '"'; at++) {
+                if (*at == '\\') at++;
+            }
+            at++;
+        } else if (*at == '{' || *at == '[') {
+            depth++;
+            at++;
+        } else if (*at == '}' || *at == ']') {
+            depth--;
+            at++;
+        } else {
+            at++;
+        }
+    } while (depth);
+    return at;
+}
+
+// Walks the members of an object or the elements of an array (key is then empty):
+//     mili_json_iter it = mili_json_begin(v);
+//     while (mili_json_next(&it, &key, &value)) ...
+// Anything else has no members.
+MILI_FN mili_json_iter mili_json_begin(mili_json v)
+{
+    mili_json_iter it;
+    const char kind = mili_json_kind(v);
+    it.object = kind == '{';
+    it.at = kind == '{' || kind == '[' ? v.text + 1 : NULL;
+    return it;
+}
+
+MILI_FN int mili_json_next(mili_json_iter *it, mili_json *key, mili_json *value)
+{
+    const char *at = it->at;
+    if (!at) return 0;
+    while (mili_json_is_space(*at) || *at == ',') at++;
+    key->text = NULL;
+    key->size = 0;
+    if (*at == '}' || *at == ']') { it->at = NULL; return 0; }
+    if (it->object) {
+        key->text = at;
+        at = mili_json_skip(at);
+        key->size = (size_t)(at - key->text);
+        while (mili_json_is_space(*at) || *at == ':') at++;
+    }
+    value->text = at;
+    if (*at == '"' || *at == '{' || *at == '[') at = mili_json_skip(at);
+    else while (*at != ',' && *at != '}' && *at != ']' && !mili_json_is_space(*at)) at++;
+    value->size = (size_t)(at - value->text);
+    it->at = at;
+    return 1;
+}
+
+MILI_FN int64_t mili_json_count(mili_json v)
+{
+    mili_json key, value;
+    mili_json_iter it = mili_json_begin(v);
+    int64_t n = 0;
+    while (mili_json_next(&it, &key, &value)) n++;
+    return n;
+}
+
+// The next character of a checked string as UTF-8 in out[4]; returns its bytes, 0 at the closing quote.
+MILI_FN int mili_json_char(const char **at, char *out)
+{
+    const char *s = *at;
+    uint32_t code;
+    if (*s == '"') return 0;
+    out[0] = *s;
+    if (*s != '\\') { *at = s + 1; return 1; }             // UTF-8 goes through byte by byte
+    *at = s + 2;
+    switch (s[1]) {
+    case 'b': out[0] = '\b'; return 1;
+    case 'f': out[0] = '\f'; return 1;
+    case 'n': out[0] = '\n'; return 1;
+    case 'r': out[0] = '\r'; return 1;
+    case 't': out[0] = '\t'; return 1;
+    case 'u': break;
+    default: out[0] = s[1]; return 1;
+    }
+    code = (uint32_t)mili_json_hex4(s + 2, s + 6);
+    *at = s + 6;
+    if (code >= 0xd800 && code <= 0xdbff) {
+        code = 0x10000 + ((code - 0xd800) << 10) + ((uint32_t)mili_json_hex4(s + 8, s + 12) - 0xdc00);
+        *at = s + 12;
+    }
+    if (code < 0x80) { out[0] = (char)code; return 1; }
+    if (code < 0x800) {
+        out[0] = (char)(0xc0 | code >> 6);
+        out[1] = (char)(0x80 | (code & 63));
+        return 2;
+    }
+    if (code < 0x10000) {
+        out[0] = (char)(0xe0 | code >> 12);
+        out[1] = (char)(0x80 | (code >> 6 & 63));
+        out[2] = (char)(0x80 | (code & 63));
+        return 3;
+    }
+    out[0] = (char)(0xf0 | code >> 18);
+    out[1] = (char)(0x80 | (code >> 12 & 63));
+    out[2] = (char)(0x80 | (code >> 6 & 63));
+    out[3] = (char)(0x80 | (code & 63));
+    return 4;
+}
+
+// Unescapes a string into dst, which is ended by 0; returns its bytes without the 0. When `room` is too small (or dst NULL)
+// nothing but an empty string is written. has_nul, unless NULL, says whether the text holds \u0000, where C would end it.
+MILI_FN size_t mili_json_copy(mili_json v, char *dst, size_t room, int *has_nul)
+{
+    size_t size = 0;
+    if (has_nul) *has_nul = 0;
+    if (dst && room) dst[0] = 0;
+    if (mili_json_kind(v) != '"') return 0;
+    for (int pass = 0; pass < 2; pass++) {                 // the first pass measures
+        const char *at = v.text + 1;
+        char c[4];
+        int n;
+        if (pass && (!dst || size >= room)) break;
+        size = 0;
+        while ((n = mili_json_char(&at, c)) != 0) {
+            if (has_nul && c[0] == 0) *has_nul = 1;
+            if (pass) memcpy(dst + size, c, (size_t)n);
+            size += (size_t)n;
+        }
+        if (pass) dst[size] = 0;
+    }
+    return size;
+}
+
+// Is it a string, and this text after unescaping?
+MILI_FN int mili_json_equal(mili_json v, const char *text)
+{
+    const char *at = v.text + 1;
+    char c[4];
+    int n;
+    if (mili_json_kind(v) != '"') return 0;
+    while ((n = mili_json_char(&at, c)) != 0) {
+        for (int i = 0; i < n; i++, text++) {
+            if (*text == 0 || *text != c[i]) return 0;
+        }
+    }
+    return *text == 0;
+}
+
+// Member of an object by name, the first one; size 0 when there is none.
+MILI_FN mili_json mili_json_find(mili_json object, const char *name)
+{
+    mili_json key, value, none = { NULL, 0 };
+    mili_json_iter it = mili_json_begin(object);
+    while (it.object && mili_json_next(&it, &key, &value)) {
+        if (mili_json_equal(key, name)) return value;
+    }
+    return none;
+}
+
+// An integer written as one: no point, no exponent, no "-0", and in range. 1 when it is.
+MILI_FN int mili_json_int(mili_json v, int64_t *out)
+{
+    const int minus = v.size > 0 && v.text[0] == '-';
+    uint64_t u = 0;
+    const uint64_t top = minus ? (uint64_t)INT64_MAX + 1 : (uint64_t)INT64_MAX;
+    if (mili_json_kind(v) != '0' || (minus && v.text[1] == '0')) return 0;
+    for (size_t i = (size_t)minus; i < v.size; i++) {
+        if (!mili_is_digit(v.text[i])) return 0;
+        const uint64_t digit = (uint64_t)(v.text[i] - '0');
+        if (u > (top - digit) / 10) return 0;
+        u = u * 10 + digit;
+    }
+    *out = !minus ? (int64_t)u : u == top ? INT64_MIN : -(int64_t)u;
+    return 1;
+}
+
+// ---- decimal to double, correctly rounded and the same in every locale ----
+// digits * 10^exponent as a big integer, then its top 53 bits; what is cut off by division is kept as one sticky bit.
+typedef struct mili_big { uint32_t word[240]; int count; } mili_big;       // 84 words for 800 digits, 145 more for the quotient
+
+MILI_FN void mili_big_multiply_add(mili_big *b, uint32_t factor, uint32_t add)
+{
+    uint64_t carry = add;
+    for (int i = 0; i < b->count; i++) {
+        carry += (uint64_t)b->word[i] * factor;
+        b->word[i] = (uint32_t)carry;
+        carry >>= 32;
+    }
+    if (carry) b->word[b->count++] = (uint32_t)carry;
+}
+
+MILI_FN uint32_t mili_big_divide(mili_big *b, uint32_t divisor)            // returns the remainder
+{
+    uint64_t rest = 0;
+    for (int i = b->count - 1; i >= 0; i--) {
+        rest = rest << 32 | b->word[i];
+        b->word[i] = (uint32_t)(rest / divisor);
+        rest %= divisor;
+    }
+    while (b->count && !b->word[b->count - 1]) b->count--;
+    return (uint32_t)rest;
+}
+
+// text: a number by JSON's grammar, already checked, `size` bytes. 0 when it is too large for a double.
+MILI_FN int mili_parse_double(const char *text, size_t size, double *out)
+{
+    const char *s = text, *end = text + size;
+    const int minus = s < end && *s == '-';
+    int64_t exponent = 0, digits = 0, written = 0;
+    int sticky = 0, point = 0;
+    mili_big b;
+    b.count = 0;
+    if (minus) s++;
+    for (; s < end && (mili_is_digit(*s) || *s == '.'); s++) {
+        if (*s == '.') { point = 1; continue; }
+        if (digits == 0 && *s == '0') { exponent -= point; continue; }
+        if (digits < 800) {                                // 768 digits decide any rounding; the rest can only break a tie
+            mili_big_multiply_add(&b, 10, (uint32_t)(*s - '0'));
+            digits++;
+            exponent -= point;
+        } else {
+            sticky |= *s != '0';
+            exponent += !point;
+        }
+    }
+    if (s < end) {                                         // e or E
+        const int down = s[1] == '-';
+        for (s += 1 + (s[1] == '-' || s[1] == '+'); s < end; s++) {
+            if (written < 100000000000000000) written = written * 10 + (*s - '0');
+        }
+        exponent += down ? -written : written;
+    }
+    *out = minus ? -0.0 : 0.0;
+    if (digits == 0 || exponent + digits < -330) return 1;
+    if (exponent + digits > 310) return 0;
+
+    int shift = 0;                                         // the value is b * 2^-shift
+    if (exponent < 0) {
+        // Four bits of room per division by 10 (it takes 3.3), and 96 for the 53 bits wanted; -exponent is at most 1130.
+        const int words = (int)(-exponent * 4 / 32) + 3;
+        memmove(b.word + words, b.word, (size_t)b.count * sizeof b.word[0]);
+        memset(b.word, 0, (size_t)words * sizeof b.word[0]);
+        b.count += words;
+        shift = words * 32;
+        for (; exponent < 0; exponent++) sticky |= mili_big_divide(&b, 10) != 0;
+    }
+    for (; exponent > 0; exponent--) mili_big_multiply_add(&b, 10, 0);
+
+    int bits = b.count * 32;
+    while (!(b.word[(bits - 1) / 32] >> ((bits - 1) % 32) & 1)) bits--;
+    const int top = bits - 1 - shift;                      // 2^top <= value < 2^(top + 1)
+    const int keep = top >= -1022 ? 53 : 53 - (-1022 - top);                // fewer for a subnormal
+    uint64_t mantissa = 0;
+    int half = 0;
+    if (keep < 0) return 1;
+    for (int i = bits - 1; i >= 0; i--) {
+        const int bit = (int)(b.word[i / 32] >> (i % 32) & 1), place = bits - 1 - i;
+        if (place < keep) mantissa = mantissa << 1 | (uint64_t)bit;
+        else if (place == keep) half = bit;
+        else sticky |= bit;
+    }
+    for (int place = bits; place < keep; place++) mantissa <<= 1;
+    if (half && (sticky || (mantissa & 1))) mantissa++;
+    const double value = ldexp((double)mantissa, top - (keep - 1));
+    if (!mili_is_finite_f64(value)) return 0;
+    *out = minus ? -value : value;
+    return 1;
+}
+
+// Any JSON number that a double can hold. 1 when it is one.
+MILI_FN int mili_json_double(mili_json v, double *out)
+{
+    return mili_json_kind(v) == '0' && mili_parse_double(v.text, v.size, out);
+}
+
+MILI_FN int mili_json_bool(mili_json v, int *out)
+{
+    const char kind = mili_json_kind(v);
+    if (kind != 't' && kind != 'f') return 0;
+    *out = kind == 't';
+    return 1;
+}
+
+MILI_FN int mili_json_is_null(mili_json v) { return mili_json_kind(v) == 'n'; }
+
+// An array of integers: up to `room` of them in dst (NULL: none), *count is how many it has. 1 when it is such an array.
+MILI_FN int mili_json_ints(mili_json v, int64_t *dst, int64_t room, int64_t *count)
+{
+    mili_json key, value;
+    mili_json_iter it = mili_json_begin(v);
+    int64_t x = 0;
+    *count = 0;
+    if (mili_json_kind(v) != '[') return 0;
+    while (mili_json_next(&it, &key, &value)) {
+        if (!mili_json_int(value, &x)) return 0;
+        if (dst && *count < room) dst[*count] = x;
+        ++*count;
+    }
+    return 1;
+}
+
+// Compares the unescaped bytes of two strings, as memcmp would.
+MILI_FN int mili_json_compare(mili_json a, mili_json b)
+{
+    const char *p = a.text + 1, *q = b.text + 1;
+    char c[4], d[4];
+    int n = 0, m = 0, i = 0, j = 0;
+    for (;;) {
+        if (i == n) { n = mili_json_char(&p, c); i = 0; }
+        if (j == m) { m = mili_json_char(&q, d); j = 0; }
+        if (!n || !m) return (n != 0) - (m != 0);
+        if (c[i] != d[j]) return (unsigned char)c[i] < (unsigned char)d[j] ? -1 : 1;
+        i++;
+        j++;
+    }
+}
+
+// Sorts indices by compare(arg, index[i], index[j]): heapsort, so no recursion, no memory, n log n at worst.
+MILI_FN void mili_index_sort(int64_t *index, int64_t count, int (*compare)(const void *arg, int64_t a, int64_t b), const void *arg)
+{
+    int64_t start = count / 2, end = count;
+    while (end > 1) {
+        int64_t value, hole, child;
+        if (start > 0) value = index[--start];             // building the heap
+        else { value = index[--end]; index[end] = index[0]; }
+        for (hole = start; (child = 2 * hole + 1) < end; hole = child) {
+            if (child + 1 < end && compare(arg, index[child], index[child + 1]) < 0) child++;
+            if (compare(arg, value, index[child]) >= 0) break;
+            index[hole] = index[child];
+        }
+        index[hole] = value;
+    }
+}
+
+MILI_FN int mili_json_compare_keys(const void *arg, int64_t a, int64_t b)
+{
+    const mili_json *keys = (const mili_json *)arg;
+    return mili_json_compare(keys[a], keys[b]);
+}
+
+// Names inside an object must differ, also after unescaping. `what` and, unless NULL, `inside` (another name) start the sentence.
+MILI_FN mil_status mili_json_check_unique(mil_context *ctx, const char *what, mili_json object)
+{
+    const int64_t n = mili_json_count(object);
+    mili_json key, value;
+    mili_json_iter it = mili_json_begin(object);
+    mil_status status = MIL_OK;
+    int64_t i = 0;
+    size_t key_bytes, index_bytes;
+    if (n < 2 || mili_json_kind(object) != '{') return MIL_OK;
+    if (!mili_mul_size((size_t)n, sizeof(mili_json), &key_bytes) || !mili_mul_size((size_t)n, sizeof(int64_t), &index_bytes))
+        return mili_fail(ctx, MIL_ERROR_NO_MEMORY, "%s: no memory for %lld names", what, (long long)n);
+    mili_json *keys = (mili_json *)mili_alloc(ctx, key_bytes);
+    int64_t *index = (int64_t *)mili_alloc(ctx, index_bytes);
+    if (!keys || !index) { status = MIL_ERROR_NO_MEMORY; goto done; }
+    while (mili_json_next(&it, &key, &value)) { keys[i] = key; index[i] = i; i++; }
+    mili_index_sort(index, n, mili_json_compare_keys, keys);
+    for (i = 1; i < n; i++) {
+        if (mili_json_compare(keys[index[i - 1]], keys[index[i]]) != 0) continue;
+        key = keys[index[i]];
+        status = mili_fail(ctx, MIL_ERROR_FORMAT, "%s: JSON: the name %s occurs twice", what,
+                           mili_quote_n(key.text + 1, key.size - 2).text);
+        break;
+    }
+done:
+    mili_free(ctx, keys, key_bytes);
+    mili_free(ctx, index, index_bytes);
+    return status;
+}
+
+// ---- writing JSON ----
+
+// Escapes one byte of UTF-8 as the reference writers do; returns the bytes put into out[6].
+MILI_FN int mili_json_escape(char c, char *out)
+{
+    static const char from[] = "\"\\\b\f\n\r\t", to[] = "\"\\bfnrt", hex[] = "0123456789abcdef";
+    const char *special = c ? strchr(from, c) : NULL;
+    if (special) { out[0] = '\\'; out[1] = to[special - from]; return 2; }
+    if ((unsigned char)c >= 0x20) { out[0] = c; return 1; }
+    memcpy(out, "\\u00", 4);
+    out[4] = hex[(unsigned char)c >> 4];
+    out[5] = hex[c & 15];
+    return 6;
+}
+
+// Writes text as a JSON string with its quotes, like snprintf: at most `room` bytes with the final 0; returns the length needed.
+MILI_FN size_t mili_json_string(char *dst, size_t room, const char *text)
+{
+    size_t n = 0;
+    char c[6];
+    for (int part = 0; part < 3; part++) {
+        const char *s = part == 1 ? text : "\"";
+        for (; *s; s++) {
+            int m = 1;
+            if (part == 1) m = mili_json_escape(*s, c); else c[0] = *s;
+            for (int i = 0; i < m; i++, n++) {
+                if (n + 1 < room) dst[n] = c[i];
+            }
+        }
+    }
+    if (room) dst[MILI_MIN(n, room - 1)] = 0;
+    return n;
+}
+
+// The shortest of 15 to 17 digits that reads back as the same double, with a point in every locale. Finite x only.
+MILI_FN void mili_json_number(char *dst, double x)         // dst[32]
+{
+    for (int digits = 15; digits <= 17; digits++) {
+        double back = 0;
+        int n = 0;
+        char text[48];
+        snprintf(text, sizeof text, "%.*g", digits, x);
+        for (const char *s = text; *s && n < 31; s++) {    // whatever is not part of a number is the locale's point
+            if (mili_is_digit(*s) || strchr("+-e", *s)) dst[n++] = *s;
+            else if (n == 0 || dst[n - 1] != '.') dst[n++] = '.';
+        }
+        dst[n] = 0;
+        if (mili_parse_double(dst, (size_t)n, &back) && memcmp(&back, &x, sizeof x) == 0) return;
+    }
+}
+
+// ==== >>file-code: bytes on disk, safetensors, NPY ================================================================
+
+// Both formats are little-endian. The test is a macro so that the swapping path can be tested on any machine.
+#ifndef MILI_BIG_ENDIAN
+#if defined(__BYTE_ORDER__) && defined(__ORDER_BIG_ENDIAN__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#define MILI_BIG_ENDIAN 1
+#else
+#define MILI_BIG_ENDIAN 0
+#endif
+#endif
+
+MILI_FN uint64_t mili_read_le(const unsigned char *at, int bytes)
+{
+    uint64_t u = 0;
+    for (int i = bytes - 1; i >= 0; i--) u = u << 8 | at[i];
+    return u;
+}
+
+// dst = src with the bytes of each element reversed; the two may be the same memory.
+MILI_FN void mili_swap_copy(void *dst, const void *src, size_t bytes, size_t element)
+{
+    unsigned char *d = (unsigned char *)dst;
+    const unsigned char *s = (const unsigned char *)src;
+    for (size_t i = 0; i + element <= bytes; i += element) {
+        for (size_t a = 0, b = element - 1; a <= b; a++, b--) {
+            const unsigned char low = s[i + a], high = s[i + b];
+            d[i + a] = high;
+            d[i + b] = low;
+            if (b == 0) break;
+        }
+    }
+}
+
+#ifndef MIL_NO_STDIO
+// ---- the operating system ----
+// A dozen calls, each behind a macro so that the tests can make the n-th one fail. Results are 0 or a code for mili_os_text.
+
+enum { MILI_OS_FOLDER = -1, MILI_OS_NOT_FILE = -2, MILI_OS_SHRANK = -3, MILI_OS_EXISTS = -4, MILI_OS_TOO_LARGE = -5,
+       MILI_OS_BAD_PATH = -6, MILI_OS_SHORT_WRITE = -7, MILI_OS_UNKNOWN = -8 };
+
+#if MILI_POSIX && !defined(MILI_OS_STDIO)
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+#if defined(__GLIBC__) && defined(__STRICT_ANSI__) && !defined(__cplusplus)
+int fsync(int fd);                                         // in libc, but hidden from -std=c99
+#endif
+#ifndef O_CLOEXEC
+#define MILI_O_CLOEXEC 0
+#else
+#define MILI_O_CLOEXEC O_CLOEXEC
+#endif
+#ifndef MILI_OS_OPEN
+#define MILI_OS_OPEN(path, flags, mode) open(path, flags, mode)
+#endif
+#ifndef MILI_OS_STAT
+#define MILI_OS_STAT(path, info) stat(path, info)
+#endif
+#ifndef MILI_OS_FSTAT
+#define MILI_OS_FSTAT(fd, info) fstat(fd, info)
+#endif
+#ifndef MILI_OS_READ
+#define MILI_OS_READ(fd, dst, size) read(fd, dst, size)
+#endif
+#ifndef MILI_OS_WRITE
+#define MILI_OS_WRITE(fd, src, size) write(fd, src, size)
+#endif
+#ifndef MILI_OS_SYNC
+#define MILI_OS_SYNC(fd) fsync(fd)
+#endif
+#ifndef MILI_OS_CLOSE
+#define MILI_OS_CLOSE(fd) close(fd)
+#endif
+#ifndef MILI_OS_RENAME
+#define MILI_OS_RENAME(from, to) rename(from, to)
+#endif
+#ifndef MILI_OS_REMOVE
+#define MILI_OS_REMOVE(path) unlink(path)
+#endif
+#ifndef MILI_OS_MAP
+#define MILI_OS_MAP(fd, size) mmap(NULL, size, PROT_READ, MAP_PRIVATE, fd, 0)
+#endif
+#ifndef MILI_OS_UNMAP
+#define MILI_OS_UNMAP(at, size) munmap(at, size)
+#endif
+
+typedef int mili_fd;
+
+MILI_FN long mili_os_error(void) { return errno > 0 ? (long)errno : (long)MILI_OS_UNKNOWN; }
+MILI_FN const char *mili_os_message(long code, char *dst, size_t room)
+{
+    MILI_UNUSED(dst);
+    MILI_UNUSED(room);
+    return strerror((int)code);
+}
+
+MILI_FN long mili_os_open(const char *path, mili_fd *fd, uint64_t *size)
+{
+    struct stat info;
+    do *fd = MILI_OS_OPEN(path, O_RDONLY | O_NONBLOCK | MILI_O_CLOEXEC, 0); while (*fd < 0 && errno == EINTR);  // a pipe must not block
+    if (*fd < 0) return mili_os_error();
+    long code = 0;
+    if (MILI_OS_FSTAT(*fd, &info) != 0) code = mili_os_error();
+    else if (S_ISDIR(info.st_mode)) code = MILI_OS_FOLDER;
+    else if (!S_ISREG(info.st_mode)) code = MILI_OS_NOT_FILE;
+    else *size = (uint64_t)info.st_size;
+    if (code) MILI_OS_CLOSE(*fd);
+    return code;
+}
+
+MILI_FN long mili_os_read(mili_fd fd, void *dst, size_t size)
+{
+    char *at = (char *)dst;
+    while (size) {
+        const ssize_t n = MILI_OS_READ(fd, at, MILI_MIN(size, (size_t)1 << 30));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return mili_os_error();
+        if (n == 0) return MILI_OS_SHRANK;
+        at += n;
+        size -= (size_t)n;
+    }
+    return 0;
+}
+
+MILI_FN void *mili_os_map(mili_fd fd, size_t size)
+{
+    void *at = MILI_OS_MAP(fd, size);
+    return at == MAP_FAILED ? NULL : at;
+}
+
+MILI_FN void mili_os_unmap(void *at, size_t size) { MILI_OS_UNMAP(at, size); }
+MILI_FN void mili_os_close_read(mili_fd fd) { MILI_OS_CLOSE(fd); }
+
+// Creates a file that must not exist; `like` is the file it will replace, whose permissions it gets. When that exists it
+// must be a regular file: renaming over a device or a folder is never what was meant.
+MILI_FN long mili_os_create(const char *path, const char *like, mili_fd *fd)
+{
+    struct stat info;
+    mode_t mode = 0666;
+    if (MILI_OS_STAT(like, &info) == 0) {
+        if (S_ISDIR(info.st_mode)) return MILI_OS_FOLDER;
+        if (!S_ISREG(info.st_mode)) return MILI_OS_NOT_FILE;
+        mode = info.st_mode & 0777;
+    }
+    do *fd = MILI_OS_OPEN(path, O_WRONLY | O_CREAT | O_EXCL | MILI_O_CLOEXEC, mode); while (*fd < 0 && errno == EINTR);
+    if (*fd < 0) return errno == EEXIST ? (long)MILI_OS_EXISTS : mili_os_error();
+    return 0;
+}
+
+MILI_FN long mili_os_write(mili_fd fd, const void *src, size_t size)
+{
+    const char *at = (const char *)src;
+    while (size) {
+        const ssize_t n = MILI_OS_WRITE(fd, at, MILI_MIN(size, (size_t)1 << 30));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return mili_os_error();
+        if (n == 0) return MILI_OS_SHORT_WRITE;
+        at += n;
+        size -= (size_t)n;
+    }
+    return 0;
+}
+
+MILI_FN long mili_os_sync(mili_fd fd)
+{
+    int result;
+    do result = MILI_OS_SYNC(fd); while (result != 0 && errno == EINTR);
+    return result == 0 ? 0 : mili_os_error();
+}
+
+MILI_FN long mili_os_close(mili_fd fd) { return MILI_OS_CLOSE(fd) == 0 || errno == EINTR ? 0 : mili_os_error(); }
+MILI_FN void mili_os_remove(const char *path) { MILI_OS_REMOVE(path); }
+MILI_FN long mili_os_rename(const char *from, const char *to) { return MILI_OS_RENAME(from, to) == 0 ? 0 : mili_os_error(); }
+MILI_FN unsigned long mili_os_process(void) { return (unsigned long)getpid(); }
+
+// The folder's entry is on the disk only after the folder itself is flushed. `scratch` holds strlen(path) + 2 bytes. Some
+// file systems cannot flush a folder (EINVAL), and one may be writable but not readable (EACCES): no more can be done there.
+MILI_FN long mili_os_sync_folder(const char *path, char *scratch)
+{
+    const char *slash = strrchr(path, '/');
+    const size_t n = slash ? (size_t)(slash - path) + (slash == path) : 1;
+    memcpy(scratch, slash ? path : ".", n);
+    scratch[n] = 0;
+    const int fd = MILI_OS_OPEN(scratch, O_RDONLY | MILI_O_CLOEXEC, 0);
+    if (fd < 0) return errno == EACCES ? 0 : mili_os_error();
+    long code = mili_os_sync(fd);
+    if (code == EINVAL) code = 0;
+    const long closed = mili_os_close(fd);
+    return code ? code : closed;
+}
+
+#elif MILI_WINDOWS && !defined(MILI_OS_STDIO)
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+
+typedef HANDLE mili_fd;
+#define MILI_OS_PATH 1024                                  // UTF-16 units of the longest path
+typedef struct mili_wide { WCHAR text[MILI_OS_PATH]; } mili_wide;
+
+MILI_FN long mili_os_error(void)
+{
+    const long code = (long)GetLastError();
+    return code > 0 ? code : (long)MILI_OS_UNKNOWN;
+}
+
+MILI_FN const char *mili_os_message(long code, char *dst, size_t room)
+{
+    if (code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND) return "no such file or folder";
+    if (code == ERROR_ACCESS_DENIED || code == ERROR_SHARING_VIOLATION) return "access denied";
+    if (code == ERROR_DISK_FULL || code == ERROR_HANDLE_DISK_FULL) return "no space left on the disk";
+    snprintf(dst, room, "Windows error %ld", code);
+    return dst;
+}
+
+MILI_FN int mili_os_wide(const char *path, mili_wide *wide)
+{
+    return MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide->text, MILI_OS_PATH) > 0;
+}
+
+MILI_FN long mili_os_open(const char *path, mili_fd *fd, uint64_t *size)
+{
+    mili_wide wide;
+    LARGE_INTEGER length;
+    if (!mili_os_wide(path, &wide)) return MILI_OS_BAD_PATH;
+    const DWORD attributes = GetFileAttributesW(wide.text);
+    if (attributes == INVALID_FILE_ATTRIBUTES) return mili_os_error();
+    if (attributes & FILE_ATTRIBUTE_DIRECTORY) return MILI_OS_FOLDER;
+    *fd = CreateFileW(wide.text, GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
+    if (*fd == INVALID_HANDLE_VALUE) return mili_os_error();
+    long code = 0;
+    if (GetFileType(*fd) != FILE_TYPE_DISK) code = MILI_OS_NOT_FILE;
+    else if (!GetFileSizeEx(*fd, &length)) code = mili_os_error();
+    else *size = (uint64_t)length.QuadPart;
+    if (code) CloseHandle(*fd);
+    return code;
+}
+
+MILI_FN long mili_os_read(mili_fd fd, void *dst, size_t size)
+{
+    char *at = (char *)dst;
+    while (size) {
+        DWORD n = 0;
+        if (!ReadFile(fd, at, (DWORD)MILI_MIN(size, (size_t)1 << 30), &n, NULL)) return mili_os_error();
+        if (n == 0) return MILI_OS_SHRANK;
+        at += n;
+        size -= n;
+    }
+    return 0;
+}
+
+MILI_FN void *mili_os_map(mili_fd fd, size_t size)
+{
+    MILI_UNUSED(size);
+    const HANDLE mapping = CreateFileMappingW(fd, NULL, PAGE_READONLY, 0, 0, NULL);
+    if (!mapping) return NULL;
+    void *at = MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, size);
+    CloseHandle(mapping);                                  // the view keeps it
+    return at;
+}
+
+MILI_FN void mili_os_unmap(void *at, size_t size)
+{
+    MILI_UNUSED(size);
+    UnmapViewOfFile(at);
+}
+
+MILI_FN void mili_os_close_read(mili_fd fd) { CloseHandle(fd); }
+
+MILI_FN long mili_os_create(const char *path, const char *like, mili_fd *fd)
+{
+    mili_wide wide;
+    if (!mili_os_wide(like, &wide)) return MILI_OS_BAD_PATH;
+    const DWORD attributes = GetFileAttributesW(wide.text);
+    if (attributes != INVALID_FILE_ATTRIBUTES && (attributes & FILE_ATTRIBUTE_DIRECTORY)) return MILI_OS_FOLDER;
+    if (!mili_os_wide(path, &wide)) return MILI_OS_BAD_PATH;
+    *fd = CreateFileW(wide.text, GENERIC_WRITE, 0, NULL, CREATE_NEW, FILE_ATTRIBUTE_NORMAL, NULL);
+    if (*fd != INVALID_HANDLE_VALUE) return 0;
+    return GetLastError() == ERROR_FILE_EXISTS ? (long)MILI_OS_EXISTS : mili_os_error();
+}
+
+MILI_FN long mili_os_write(mili_fd fd, const void *src, size_t size)
+{
+    const char *at = (const char *)src;
+    while (size) {
+        DWORD n = 0;
+        if (!WriteFile(fd, at, (DWORD)MILI_MIN(size, (size_t)1 << 30), &n, NULL)) return mili_os_error();
+        if (n == 0) return MILI_OS_SHORT_WRITE;
+        at += n;
+        size -= n;
+    }
+    return 0;
+}
+
+MILI_FN long mili_os_sync(mili_fd fd) { return FlushFileBuffers(fd) ? 0 : mili_os_error(); }
+MILI_FN long mili_os_close(mili_fd fd) { return CloseHandle(fd) ? 0 : mili_os_error(); }
+
+MILI_FN void mili_os_remove(const char *path)
+{
+    mili_wide wide;
+    if (mili_os_wide(path, &wide)) DeleteFileW(wide.text);
+}
+
+MILI_FN long mili_os_rename(const char *from, const char *to)
+{
+    mili_wide a, b;
+    if (!mili_os_wide(from, &a) || !mili_os_wide(to, &b)) return MILI_OS_BAD_PATH;
+    return MoveFileExW(a.text, b.text, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH) ? 0 : mili_os_error();
+}
+
+MILI_FN unsigned long mili_os_process(void) { return (unsigned long)GetCurrentProcessId(); }
+MILI_FN long mili_os_sync_folder(const char *path, char *scratch)          // MOVEFILE_WRITE_THROUGH has done it
+{
+    MILI_UNUSED(path);
+    MILI_UNUSED(scratch);
+    return 0;
+}
+
+#else
+// Plain C: no mapping, and no way to ask for the disk itself; rename replaces where the platform's does.
+#include <errno.h>
+typedef FILE *mili_fd;
+
+MILI_FN long mili_os_error(void) { return errno > 0 ? (long)errno : (long)MILI_OS_UNKNOWN; }
+MILI_FN const char *mili_os_message(long code, char *dst, size_t room)
+{
+    MILI_UNUSED(dst);
+    MILI_UNUSED(room);
+    return strerror((int)code);
+}
+
+MILI_FN long mili_os_open(const char *path, mili_fd *fd, uint64_t *size)
+{
+    errno = 0;
+    *fd = fopen(path, "rb");
+    if (!*fd) return mili_os_error();
+    if (fseek(*fd, 0, SEEK_END) == 0) {
+        const long end = ftell(*fd);
+        if (end >= 0 && end < LONG_MAX && fseek(*fd, 0, SEEK_SET) == 0) { *size = (uint64_t)end; return 0; }
+    }
+    fclose(*fd);
+    return MILI_OS_NOT_FILE;
+}
+
+MILI_FN long mili_os_read(mili_fd fd, void *dst, size_t size)
+{
+    errno = 0;
+    if (fread(dst, 1, size, fd) == size) return 0;
+    return ferror(fd) ? mili_os_error() : (long)MILI_OS_SHRANK;
+}
+
+MILI_FN void *mili_os_map(mili_fd fd, size_t size)
+{
+    MILI_UNUSED(fd);
+    MILI_UNUSED(size);
+    return NULL;
+}
+
+MILI_FN void mili_os_unmap(void *at, size_t size)
+{
+    MILI_UNUSED(at);
+    MILI_UNUSED(size);
+}
+
+MILI_FN void mili_os_close_read(mili_fd fd) { fclose(fd); }
+
+MILI_FN long mili_os_create(const char *path, const char *like, mili_fd *fd)
+{
+    MILI_UNUSED(like);
+    errno = 0;
+    *fd = fopen(path, "rb");                               // C99 has no exclusive creation
+    if (*fd) { fclose(*fd); return MILI_OS_EXISTS; }
+    *fd = fopen(path, "wb");
+    return *fd ? 0 : mili_os_error();
+}
+
+MILI_FN long mili_os_write(mili_fd fd, const void *src, size_t size)
+{
+    errno = 0;
+    return fwrite(src, 1, size, fd) == size ? 0 : mili_os_error();
+}
+
+MILI_FN long mili_os_sync(mili_fd fd) { return fflush(fd) == 0 ? 0 : mili_os_error(); }
+MILI_FN long mili_os_close(mili_fd fd) { return fclose(fd) == 0 ? 0 : mili_os_error(); }
+MILI_FN void mili_os_remove(const char *path) { remove(path); }
+MILI_FN long mili_os_rename(const char *from, const char *to) { return rename(from, to) == 0 ? 0 : mili_os_error(); }
+MILI_FN unsigned long mili_os_process(void) { return 0; }
+MILI_FN long mili_os_sync_folder(const char *path, char *scratch)
+{
+    MILI_UNUSED(path);
+    MILI_UNUSED(scratch);
+    return 0;
+}
+#endif
+
+MILI_FN const char *mili_os_text(long code, char *dst, size_t room)
+{
+    switch (code) {
+    case MILI_OS_FOLDER:      return "it is a folder, not a file";
+    case MILI_OS_NOT_FILE:    return "it is not a regular file (a pipe or a device?)";
+    case MILI_OS_SHRANK:      return "it became shorter while it was read";
+    case MILI_OS_EXISTS:      return "no name is free for a temporary file beside it";
+    case MILI_OS_TOO_LARGE:   return "it is larger than this machine's address space";
+    case MILI_OS_BAD_PATH:    return "the path is not UTF-8, or too long";
+    case MILI_OS_SHORT_WRITE: return "the system wrote less than asked";
+    case MILI_OS_UNKNOWN:     return "the system gave no reason";
+    default:                  return mili_os_message(code, dst, room);
+    }
+}
+
+MILI_FN mil_status mili_fail_os(mil_context *ctx, const char *path, const char *doing, long code)
+{
+    char text[64];
+    return mili_fail(ctx, MIL_ERROR_IO, "%s: cannot %s: %s", mili_path_tail(path), doing, mili_os_text(code, text, sizeof text));
+}
+
+// ---- files as bytes ----
+
+struct mil_file {
+    mil_context *ctx;
+    void  *data;
+    size_t size;
+    int    mapped;
+};
+
+MIL_DEF const void *mil_file_data(const mil_file *file) { return file ? file->data : NULL; }
+MIL_DEF size_t mil_file_size(const mil_file *file) { return file ? file->size : 0; }
+
+MIL_DEF void mil_file_free(mil_file *file)
+{
+    if (!file) return;
+    if (file->mapped) mili_os_unmap(file->data, file->size);
+    else mili_free(file->ctx, file->data, file->size);
+    mili_free(file->ctx, file, sizeof *file);
+}
+
+MILI_FN mil_status mili_file_open(mil_context *ctx, const char *path, size_t limit, unsigned flags, mil_file **out)
+{
+    mili_fd fd;
+    uint64_t size = 0;
+    mil_status status = MIL_OK;
+    *out = NULL;
+    if (!path) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "opening a file: the path is NULL");
+    mil_file *file = (mil_file *)mili_alloc(ctx, sizeof *file);
+    if (!file) return MIL_ERROR_NO_MEMORY;
+    memset(file, 0, sizeof *file);
+    file->ctx = ctx;
+    long code = mili_os_open(path, &fd, &size);
+    if (code) { status = mili_fail_os(ctx, path, "open it", code); goto fail; }
+    if (limit && size > limit) {
+        status = mili_fail(ctx, MIL_ERROR_FORMAT, "%s: %llu bytes, more than the %llu that such a file may have", mili_path_tail(path),
+                           (unsigned long long)size, (unsigned long long)limit);
+    } else if (size > (uint64_t)SIZE_MAX / 2) {
+        status = mili_fail_os(ctx, path, "open it", MILI_OS_TOO_LARGE);
+    } else if (size) {
+        file->size = (size_t)size;
+        if (!(flags & MIL_FILE_READ)) file->data = mili_os_map(fd, file->size);
+        file->mapped = file->data != NULL;
+        if (!file->mapped) {                               // also when this file system cannot map
+            file->data = mili_alloc(ctx, file->size);
+            if (!file->data) status = MIL_ERROR_NO_MEMORY;
+            else {
+                code = mili_os_read(fd, file->data, file->size);
+                if (code) status = mili_fail_os(ctx, path, "read it", code);
+            }
+        }
+    }
+    mili_os_close_read(fd);
+    if (status == MIL_OK) { *out = file; return MIL_OK; }
+fail:
+    mil_file_free(file);
+    return status;
+}
+
+MIL_DEF mil_status mil_file_open(mil_context *ctx, const char *path, size_t limit, unsigned flags, mil_file **out)
+{
+    if (out) *out = NULL;
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mili_enter(ctx);
+    if (!out) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_file_open: out is NULL");
+    return mili_file_open(ctx, path, limit, flags, out);
+}
+
+// ---- writing atomically ----
+
+#define MILI_WRITER_ROOM 16384
+#define MILI_WRITER_TRIES 1000                             // temporary names left behind by crashed processes of the same number
+
+struct mil_writer {
+    mil_context *ctx;
+    mili_fd     fd;
+    int         open;                                      // the temporary file is there and open
+    mil_status  status;
+    size_t      bytes;                                     // of this allocation: the texts below stand behind the struct
+    size_t      used;                                      // bytes in buffer
+    char       *path, *temporary, *scratch;
+    unsigned char buffer[MILI_WRITER_ROOM];
+};
+
+// Remembers the failure and removes the temporary file.
+MILI_FN mil_status mili_writer_fail(mil_writer *w, const char *doing, long code)
+{
+    if (w->status == MIL_OK) w->status = mili_fail_os(w->ctx, w->path, doing, code);
+    if (w->open) {
+        mili_os_close(w->fd);
+        mili_os_remove(w->temporary);
+        w->open = 0;
+    }
+    return w->status;
+}
+
+MIL_DEF void mil_writer_free(mil_writer *writer)
+{
+    if (!writer) return;
+    if (writer->open) {
+        mili_os_close(writer->fd);
+        mili_os_remove(writer->temporary);
+    }
+    mili_free(writer->ctx, writer, writer->bytes);
+}
+
+MILI_FN mil_status mili_writer_create(mil_context *ctx, const char *path, mil_writer **out)
+{
+    *out = NULL;
+    if (!path || !*path) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "writing a file: the path is NULL or empty");
+    const size_t length = strlen(path), extra = 64;        // ".<process>-<try>.tmp" and the zeros
+    const size_t bytes = sizeof(mil_writer) + 3 * (length + extra);
+    mil_writer *w = (mil_writer *)mili_alloc(ctx, bytes);
+    if (!w) return MIL_ERROR_NO_MEMORY;
+    memset(w, 0, sizeof *w);
+    w->ctx = ctx;
+    w->bytes = bytes;
+    w->path = (char *)w + sizeof *w;
+    w->temporary = w->path + length + extra;
+    w->scratch = w->temporary + length + extra;
+    memcpy(w->path, path, length + 1);
+    long code = MILI_OS_EXISTS;
+    for (int i = 0; i < MILI_WRITER_TRIES && code == MILI_OS_EXISTS; i++) {
+        snprintf(w->temporary, length + extra, "%s.%lu-%d.tmp", path, mili_os_process(), i);
+        code = mili_os_create(w->temporary, path, &w->fd);
+    }
+    if (code) {
+        const mil_status status = mili_writer_fail(w, "write it", code);
+        mil_writer_free(w);
+        return status;
+    }
+    w->open = 1;
+    *out = w;
+    return MIL_OK;
+}
+
+MILI_FN mil_status mili_writer_put(mil_writer *w, const void *data, size_t size)
+{
+    const unsigned char *at = (const unsigned char *)data;
+    if (w->status != MIL_OK) return mili_fail(w->ctx, w->status, "%s: writing it failed before", mili_path_tail(w->path));
+    if (!w->open) return mili_fail(w->ctx, MIL_ERROR_STATE, "%s: written after its commit", mili_path_tail(w->path));
+    while (size) {
+        long code = 0;
+        if (w->used == 0 && size >= MILI_WRITER_ROOM) {    // large pieces go past the buffer
+            code = mili_os_write(w->fd, at, size);
+            if (code) return mili_writer_fail(w, "write it", code);
+            return MIL_OK;
+        }
+        const size_t n = MILI_MIN(size, MILI_WRITER_ROOM - w->used);
+        memcpy(w->buffer + w->used, at, n);
+        w->used += n;
+        at += n;
+        size -= n;
+        if (w->used == MILI_WRITER_ROOM) {
+            code = mili_os_write(w->fd, w->buffer, w->used);
+            if (code) return mili_writer_fail(w, "write it", code);
+            w->used = 0;
+        }
+    }
+    return MIL_OK;
+}
+
+MILI_FN mil_status mili_writer_commit(mil_writer *w)
+{
+    if (w->status != MIL_OK) return mili_fail(w->ctx, w->status, "%s: writing it failed before", mili_path_tail(w->path));
+    if (!w->open) return mili_fail(w->ctx, MIL_ERROR_STATE, "%s: committed twice", mili_path_tail(w->path));
+    long code = mili_os_write(w->fd, w->buffer, w->used);
+    if (code) return mili_writer_fail(w, "write it", code);
+    code = mili_os_sync(w->fd);
+    if (code) return mili_writer_fail(w, "flush it to the disk", code);
+    w->open = 0;
+    code = mili_os_close(w->fd);
+    if (!code) {
+        code = mili_os_rename(w->temporary, w->path);
+        if (!code) {
+            code = mili_os_sync_folder(w->path, w->scratch);
+            return code ? mili_writer_fail(w, "flush its folder to the disk", code) : MIL_OK;
+        }
+    }
+    mili_os_remove(w->temporary);
+    return mili_writer_fail(w, "replace it", code);
+}
+
+MIL_DEF mil_status mil_writer_create(mil_context *ctx, const char *path, mil_writer **out)
+{
+    if (out) *out = NULL;
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mili_enter(ctx);
+    if (!out) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_writer_create: out is NULL");
+    return mili_writer_create(ctx, path, out);
+}
+
+MIL_DEF mil_status mil_writer_put(mil_writer *writer, const void *data, size_t size)
+{
+    if (!writer) return MIL_ERROR_ARGUMENT;
+    mili_enter(writer->ctx);
+    if (!data && size) return mili_fail(writer->ctx, MIL_ERROR_ARGUMENT, "mil_writer_put: data is NULL");
+    return mili_writer_put(writer, data, size);
+}
+
+MIL_DEF mil_status mil_writer_commit(mil_writer *writer)
+{
+    if (!writer) return MIL_ERROR_ARGUMENT;
+    mili_enter(writer->ctx);
+    return mili_writer_commit(writer);
+}
+
+MILI_FN mil_status mili_file_write(mil_context *ctx, const char *path, const void *data, size_t size)
+{
+    mil_writer *w;
+    mil_status status = mili_writer_create(ctx, path, &w);
+    if (status == MIL_OK) status = mili_writer_put(w, data, size);
+    if (status == MIL_OK) status = mili_writer_commit(w);
+    mil_writer_free(w);
+    return status;
+}
+
+MIL_DEF mil_status mil_file_write(mil_context *ctx, const char *path, const void *data, size_t size)
+{
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mili_enter(ctx);
+    if (!data && size) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_file_write: data is NULL");
+    return mili_file_write(ctx, path, data, size);
+}
+#else
+typedef struct mil_file mil_file;
+typedef struct mil_writer mil_writer;
+#endif // MIL_NO_STDIO
+
+// What a foreign file looks like, for the end of an error sentence.
+MILI_FN const char *mili_file_hint(const unsigned char *bytes, size_t size)
+{
+    if (size >= 4 && memcmp(bytes, "PK\3\4", 4) == 0) return " (a zip: a PyTorch checkpoint or .npz?)";
+    if (size >= 6 && memcmp(bytes, "\x93NUMPY", 6) == 0) return " (an NPY file?)";
+    if (size >= 8 && memcmp(bytes, "\x89HDF\r\n\x1a\n", 8) == 0) return " (an HDF5 file?)";
+    if (size >= 2 && bytes[0] == 0x80 && bytes[1] >= 2 && bytes[1] <= 5) return " (a pickle: an old PyTorch checkpoint?)";
+    if (size >= 9 && bytes[8] == '{') return " (a safetensors file?)";
+    return "";
+}
+
+// "[2, 3]"
+typedef struct mili_shape_words { char text[200]; } mili_shape_words;
+
+MILI_FN mili_shape_words mili_shape_quote(int rank, const int64_t *shape)
+{
+    mili_shape_words w;
+    size_t n = 1;
+    w.text[0] = '[';
+    for (int a = 0; a < rank; a++) n += (size_t)snprintf(w.text + n, sizeof w.text - n, a ? ", %lld" : "%lld", (long long)shape[a]);
+    w.text[n] = ']';
+    w.text[n + 1] = 0;
+    return w;
+}
+
+// ---- where writers put their bytes: a file, memory, or nowhere, which counts them ----
+typedef struct mili_sink { mil_writer *writer; unsigned char *memory; size_t size; mil_status status; } mili_sink;
+
+MILI_FN void mili_sink_put(mili_sink *sink, const void *data, size_t size)
+{
+    if (sink->status != MIL_OK || size == 0) return;
+    if (sink->memory) memcpy(sink->memory + sink->size, data, size);
+#ifndef MIL_NO_STDIO
+    else if (sink->writer) sink->status = mili_writer_put(sink->writer, data, size);
+#endif
+    sink->size += size;
+}
+
+MILI_FN void mili_sink_text(mili_sink *sink, const char *text) { mili_sink_put(sink, text, strlen(text)); }
+
+MILI_FN void mili_sink_number(mili_sink *sink, uint64_t u)
+{
+    char digits[24];
+    snprintf(digits, sizeof digits, "%llu", (unsigned long long)u);
+    mili_sink_text(sink, digits);
+}
+
+MILI_FN void mili_sink_json(mili_sink *sink, const char *text)
+{
+    char c[6];
+    mili_sink_put(sink, "\"", 1);
+    for (; *text; text++) mili_sink_put(sink, c, (size_t)mili_json_escape(*text, c));
+    mili_sink_put(sink, "\"", 1);
+}
+
+// The tensor's values row-major, packed, little-endian; t has been checked, its size is count * element.
+MILI_FN void mili_sink_tensor(mili_sink *sink, const mil_tensor *t)
+{
+    unsigned char chunk[2048];
+    const size_t element = mil_dtype_size(t->dtype);
+    const int64_t count = mil_tensor_count(t);
+    const unsigned char *base = (const unsigned char *)t->data;
+    int64_t index[MIL_MAX_RANK];
+    size_t used = 0;
+    int packed = 1;
+    for (int a = 0; a < t->rank; a++) packed &= t->stride[a] == 0;
+    if (count == 0) return;
+    if (packed && (!MILI_BIG_ENDIAN || element == 1)) { mili_sink_put(sink, base, (size_t)count * element); return; }
+    memset(index, 0, sizeof index);
+    for (int64_t i = 0; i < count; i++) {
+        const unsigned char *at = base;
+        if (packed) at += (size_t)i * element;
+        else for (int a = 0; a < t->rank; a++) at += (ptrdiff_t)(index[a] * t->stride[a]);
+        memcpy(chunk + used, at, element);
+        used += element;
+        if (used + element > sizeof chunk || i + 1 == count) {
+            if (MILI_BIG_ENDIAN && element > 1) mili_swap_copy(chunk, chunk, used, element);
+            mili_sink_put(sink, chunk, used);
+            used = 0;
+        }
+        for (int a = t->rank - 1; a >= 0 && ++index[a] == t->shape[a]; a--) index[a] = 0;
+    }
+}
+
+// Checks a tensor that is to be written and gives its bytes. `what` starts the sentence.
+MILI_FN mil_status mili_check_written(mil_context *ctx, const char *what, const mil_tensor *t, size_t *bytes)
+{
+    const int64_t count = mil_tensor_count(t);
+    if (count < 0 || !mili_mul_size((size_t)count, mil_dtype_size(t->dtype), bytes))
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: no valid dtype, rank or shape, or too large", what);
+    if (count > 0 && !t->data) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: data is NULL", what);
+    return MIL_OK;
+}
+
+// ---- safetensors: reading ----
+//   u64 n | n bytes of JSON, one object, then spaces | data, covered exactly by the tensors
+
+#define MILI_TENSORS_MAX_HEADER 100000000                  // the reference reader's limit
+#define MILI_TENSORS_META "__metadata__"
+
+typedef struct mili_tensor_entry {
+    const char *name, *dtype;
+    uint64_t    begin, end;                                // in the data
+    mil_tensor  tensor;
+} mili_tensor_entry;
+
+struct mil_tensors {
+    mil_context *ctx;
+    mil_file    *file;                                     // NULL when opened from memory
+    unsigned char *swapped;                                // big-endian machines: the data, swapped
+    size_t       swapped_size;
+    mili_tensor_entry *entries;
+    int64_t     *by_name;                                  // entries sorted by name
+    mil_meta    *metas;
+    char        *text;                                     // all names, keys and values, each ended by 0
+    int64_t      count, meta_count;
+    size_t       text_size;
+};
+
+// Dtypes that exist in files but not here, with their bits, so that a listing can check their sizes.
+#define MILI_FOREIGN_DTYPE_LIST(X) \
+    X("F8_E4M3", 8) X("F8_E5M2", 8) X("F8_E8M0", 8) X("C64", 64) X("F4", 4) X("F6_E2M3", 6) X("F6_E3M2", 6)
+
+// Bits of one element, 0 for a dtype that nobody knows; *dtype is MIL_DTYPE_COUNT for those not offered here.
+MILI_FN int mili_tensors_bits(mili_json name, mil_dtype *dtype)
+{
+    for (int i = 0; i < (int)MIL_DTYPE_COUNT; i++) {
+        *dtype = (mil_dtype)i;
+        if (mili_json_equal(name, mil_dtype_name(*dtype))) return (int)mil_dtype_size(*dtype) * 8;
+    }
+    *dtype = MIL_DTYPE_COUNT;
+#define MILI_FOREIGN_BITS(text, bits) if (mili_json_equal(name, text)) return bits;
+    MILI_FOREIGN_DTYPE_LIST(MILI_FOREIGN_BITS)
+#undef MILI_FOREIGN_BITS
+    return 0;
+}
+
+MIL_DEF void mil_tensors_free(mil_tensors *file)
+{
+    if (!file) return;
+    mil_context *ctx = file->ctx;
+    mili_free(ctx, file->swapped, file->swapped_size);
+    mili_free(ctx, file->entries, (size_t)file->count * sizeof *file->entries);
+    mili_free(ctx, file->by_name, (size_t)file->count * sizeof *file->by_name);
+    mili_free(ctx, file->metas, (size_t)file->meta_count * sizeof *file->metas);
+    mili_free(ctx, file->text, file->text_size);
+#ifndef MIL_NO_STDIO
+    mil_file_free(file->file);
+#endif
+    mili_free(ctx, file, sizeof *file);
+}
+
+MILI_FN int mili_tensors_compare_names(const void *arg, int64_t a, int64_t b)
+{
+    const mili_tensor_entry *entries = (const mili_tensor_entry *)arg;
+    return strcmp(entries[a].name, entries[b].name);
+}
+
+MILI_FN int mili_tensors_compare_offsets(const void *arg, int64_t a, int64_t b)
+{
+    const mili_tensor_entry *x = (const mili_tensor_entry *)arg + a, *y = (const mili_tensor_entry *)arg + b;
+    if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
+    if (x->end != y->end) return x->end < y->end ? -1 : 1;
+    return a < b ? -1 : a > b;
+}
+
+// Appends a string's text to the pool.
+MILI_FN const char *mili_tensors_text(mil_tensors *file, size_t *used, mili_json string)
+{
+    char *at = file->text + *used;
+    *used += mili_json_copy(string, at, file->text_size - *used, NULL) + 1;
+    return at;
+}
+
+// A string that C can hold: 1 and its bytes with the final 0 added to *bytes.
+MILI_FN int mili_tensors_measure(mili_json string, size_t *bytes)
+{
+    int has_nul;
+    *bytes += mili_json_copy(string, NULL, 0, &has_nul) + 1;
+    return !has_nul;
+}
+
+// One member of the header: {"dtype": .., "shape": [..], "data_offsets": [begin, end]}
+MILI_FN mil_status mili_tensors_entry(mil_context *ctx, const char *where, mili_json value, const unsigned char *data, size_t data_size,
+                                      unsigned flags, mili_tensor_entry *entry)
+{
+    static const char *const fields[] = { "dtype", "shape", "data_offsets" };
+    mili_json found[3], name, field;
+    mili_json_iter it = mili_json_begin(value);
+    int64_t shape[MIL_MAX_RANK], offsets[2], rank = 0, n = 0;
+    mil_dtype dtype;
+    uint64_t need = 0;                                     // bits
+    const mili_quoted q = mili_quote(entry->name);
+    memset(found, 0, sizeof found);
+    memset(shape, 0, sizeof shape);
+    if (!it.object) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: its entry is not an object", where, q.text);
+    while (mili_json_next(&it, &name, &field)) {
+        int i = 0;
+        while (i < 3 && !mili_json_equal(name, fields[i])) i++;
+        if (i == 3)
+            return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: field %s is not one of dtype, shape, data_offsets", where, q.text,
+                             mili_quote_n(name.text + 1, name.size - 2).text);
+        if (found[i].size) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: %s stands twice", where, q.text, fields[i]);
+        found[i] = field;
+    }
+    for (int i = 0; i < 3; i++) {
+        if (!found[i].size) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: %s is missing", where, q.text, fields[i]);
+    }
+
+    if (mili_json_kind(found[0]) != '"') return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: dtype is not a string", where, q.text);
+    const mili_quoted type = mili_quote_n(found[0].text + 1, found[0].size - 2);
+    const int bits = mili_tensors_bits(found[0], &dtype);
+    if (dtype == MIL_DTYPE_COUNT && !(flags & MIL_FILE_LIST_ONLY))
+        return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "%s: tensor %s: dtype %s is %s", where, q.text, type.text,
+                         bits ? "not supported" : "unknown");
+
+    if (mili_json_kind(found[1]) != '[') return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: shape is not an array", where, q.text);
+    it = mili_json_begin(found[1]);
+    while (mili_json_next(&it, &name, &field)) {
+        int64_t length;
+        if (!mili_json_int(field, &length) || length < 0)
+            return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: shape: %s is not a non-negative integer that fits", where, q.text,
+                             mili_quote_n(field.text, field.size).text);
+        if (rank < MIL_MAX_RANK) shape[rank] = length;
+        rank++;
+    }
+    if (rank > MIL_MAX_RANK)
+        return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "%s: tensor %s: rank %lld is above the %d supported", where, q.text, (long long)rank,
+                         MIL_MAX_RANK);
+    const int64_t count = mili_shape_count((int)rank, shape);
+    const mili_shape_words words = mili_shape_quote((int)rank, shape);
+    if (count < 0 || (bits && (uint64_t)count > UINT64_MAX / (uint64_t)bits))
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: shape %s overflows", where, q.text, words.text);
+    need = (uint64_t)count * (uint64_t)bits;
+
+    if (!mili_json_ints(found[2], offsets, 2, &n) || n != 2 || offsets[0] < 0 || offsets[1] < 0)
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: data_offsets %s are not two non-negative integers that fit", where, q.text,
+                         mili_quote_n(found[2].text, found[2].size).text);
+    if (offsets[0] > offsets[1] || (uint64_t)offsets[1] > data_size)
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: data_offsets [%lld, %lld] %s", where, q.text, (long long)offsets[0],
+                         (long long)offsets[1], offsets[0] > offsets[1] ? "end before they begin" : "reach past the end of the file");
+    entry->begin = (uint64_t)offsets[0];
+    entry->end = (uint64_t)offsets[1];
+    if (bits && (need % 8 || entry->end - entry->begin != need / 8))
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: data_offsets [%lld, %lld] hold %llu bytes, but %s %s takes %llu", where,
+                         q.text, (long long)offsets[0], (long long)offsets[1], (unsigned long long)(entry->end - entry->begin),
+                         type.text, words.text, (unsigned long long)(need / 8 + (need % 8 != 0)));
+    entry->tensor = mil_tensor_make(dtype == MIL_DTYPE_COUNT ? NULL : data + entry->begin, dtype, (int)rank, shape);
+    return MIL_OK;
+}
+
+// Tensors must cover the data exactly. `order` is room for one index per tensor.
+MILI_FN mil_status mili_tensors_cover(mil_tensors *file, const char *where, int64_t *order, size_t data_size)
+{
+    uint64_t at = 0;
+    for (int64_t i = 0; i < file->count; i++) order[i] = i;
+    mili_index_sort(order, file->count, mili_tensors_compare_offsets, file->entries);
+    for (int64_t i = 0; i < file->count; i++) {
+        const mili_tensor_entry *e = &file->entries[order[i]];
+        if (e->begin != at)
+            return mili_fail(file->ctx, MIL_ERROR_FORMAT, "%s: tensor %s: data_offsets begin at %llu %s, which ends at %llu: %s", where,
+                             mili_quote(e->name).text, (unsigned long long)e->begin, i ? "after a tensor" : "after the header",
+                             (unsigned long long)at, e->begin < at ? "they overlap" : "a gap");
+        at = e->end;
+    }
+    if (at != data_size)
+        return mili_fail(file->ctx, MIL_ERROR_FORMAT, "%s: %llu bytes after the last tensor belong to none", where,
+                         (unsigned long long)(data_size - at));
+    return MIL_OK;
+}
+
+// Fills `file` from the checked header; names, counts and text are measured first, so that each array is allocated once.
+MILI_FN mil_status mili_tensors_fill(mil_tensors *file, const char *where, mili_json header, const unsigned char *data, size_t data_size,
+                                     unsigned flags)
+{
+    mil_context *ctx = file->ctx;
+    mili_json key, value, meta = { NULL, 0 };
+    mili_json_iter it = mili_json_begin(header);
+    int64_t count = 0, meta_count = 0, i;
+    size_t used = 0, bytes = 0;
+    int c_text = 1;
+    mil_status status;
+    while (mili_json_next(&it, &key, &value)) {
+        if (mili_json_equal(key, MILI_TENSORS_META)) {
+            if (meta.size) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: " MILI_TENSORS_META " stands twice", where);
+            if (mili_json_kind(value) != '{')
+                return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: " MILI_TENSORS_META " is not an object", where);
+            meta = value;
+            continue;
+        }
+        const mili_json dtype = mili_json_find(value, "dtype");
+        c_text &= mili_tensors_measure(key, &bytes) & mili_tensors_measure(dtype, &bytes);
+        if (!c_text)
+            return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: its name or dtype holds \\u0000", where,
+                             mili_quote_n(key.text + 1, key.size - 2).text);
+        count++;
+    }
+    it = mili_json_begin(meta);
+    while (mili_json_next(&it, &key, &value)) {
+        const mili_quoted q = mili_quote_n(key.text + 1, key.size - 2);
+        if (mili_json_kind(value) != '"')
+            return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: " MILI_TENSORS_META ": the value of %s is not a string", where, q.text);
+        c_text &= mili_tensors_measure(key, &bytes) & mili_tensors_measure(value, &bytes);
+        if (!c_text) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: " MILI_TENSORS_META ": %s holds \\u0000", where, q.text);
+        meta_count++;
+    }
+    status = mili_json_check_unique(ctx, where, meta);
+    if (status != MIL_OK) return status;
+
+    // An entry takes at least 40 bytes of header, so these products cannot wrap; only a full allocator can fail.
+    file->text = (char *)mili_alloc(ctx, bytes);
+    file->text_size = file->text ? bytes : 0;
+    if (bytes && !file->text) return MIL_ERROR_NO_MEMORY;
+    if (count) {
+        file->entries = (mili_tensor_entry *)mili_alloc(ctx, (size_t)count * sizeof *file->entries);
+        if (!file->entries) return MIL_ERROR_NO_MEMORY;
+        file->count = count;
+        file->by_name = (int64_t *)mili_alloc(ctx, (size_t)count * sizeof *file->by_name);
+        if (!file->by_name) return MIL_ERROR_NO_MEMORY;
+    }
+    if (meta_count) {
+        file->metas = (mil_meta *)mili_alloc(ctx, (size_t)meta_count * sizeof *file->metas);
+        if (!file->metas) return MIL_ERROR_NO_MEMORY;
+        file->meta_count = meta_count;
+    }
+
+    i = 0;
+    it = mili_json_begin(header);
+    while (mili_json_next(&it, &key, &value)) {
+        if (mili_json_equal(key, MILI_TENSORS_META)) continue;
+        mili_tensor_entry *entry = &file->entries[i++];
+        entry->name = mili_tensors_text(file, &used, key);
+        entry->dtype = mili_tensors_text(file, &used, mili_json_find(value, "dtype"));
+        status = mili_tensors_entry(ctx, where, value, data, data_size, flags, entry);
+        if (status != MIL_OK) return status;
+    }
+    i = 0;
+    it = mili_json_begin(meta);
+    while (mili_json_next(&it, &key, &value)) {
+        file->metas[i].key = mili_tensors_text(file, &used, key);
+        file->metas[i++].value = mili_tensors_text(file, &used, value);
+    }
+    MIL_ASSERT(used == bytes);
+
+    status = mili_tensors_cover(file, where, file->by_name, data_size);
+    if (status != MIL_OK) return status;
+    for (i = 0; i < count; i++) file->by_name[i] = i;
+    mili_index_sort(file->by_name, count, mili_tensors_compare_names, file->entries);
+    for (i = 1; i < count; i++) {
+        const char *name = file->entries[file->by_name[i]].name;
+        if (strcmp(name, file->entries[file->by_name[i - 1]].name) == 0)
+            return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s stands twice", where, mili_quote(name).text);
+    }
+
+    if (MILI_BIG_ENDIAN && data_size) {
+        file->swapped = (unsigned char *)mili_alloc(ctx, data_size);
+        if (!file->swapped) return MIL_ERROR_NO_MEMORY;
+        file->swapped_size = data_size;
+        for (i = 0; i < count; i++) {
+            mili_tensor_entry *e = &file->entries[i];
+            const size_t element = mil_dtype_size(e->tensor.dtype), begin = (size_t)e->begin;
+            if (!e->tensor.data) continue;
+            mili_swap_copy(file->swapped + begin, data + begin, (size_t)(e->end - e->begin), element);
+            e->tensor.data = file->swapped + begin;
+        }
+    }
+    return MIL_OK;
+}
+
+// Takes `source` (may be NULL) over, also on failure. `where` starts error sentences.
+MILI_FN mil_status mili_tensors_parse(mil_context *ctx, const char *where, const void *bytes, size_t size, unsigned flags,
+                                      mil_file *source, mil_tensors **out)
+{
+    const unsigned char *at = (const unsigned char *)bytes;
+    mil_status status = MIL_OK;
+    mili_json header;
+    char *copy = NULL;
+    size_t copy_size = 0;
+    uint64_t n = 0;
+    *out = NULL;
+    mil_tensors *file = (mil_tensors *)mili_alloc(ctx, sizeof *file);
+    if (!file) {
+#ifndef MIL_NO_STDIO
+        mil_file_free(source);
+#endif
+        return MIL_ERROR_NO_MEMORY;
+    }
+    memset(file, 0, sizeof *file);
+    file->ctx = ctx;
+    file->file = source;
+
+    if (size < 8) {
+        status = mili_fail(ctx, MIL_ERROR_FORMAT, "%s: %llu bytes, but a safetensors file has at least 8%s", where,
+                           (unsigned long long)size, mili_file_hint(at, size));
+        goto done;
+    }
+    n = mili_read_le(at, 8);
+    if (n > MILI_TENSORS_MAX_HEADER || n > size - 8) {
+        status = mili_fail(ctx, MIL_ERROR_FORMAT, "%s: the header's length %llu is %s%s", where, (unsigned long long)n,
+                           n > MILI_TENSORS_MAX_HEADER ? "above the format's 100000000" : "past the end of the file",
+                           mili_file_hint(at, MILI_MIN(size, 8)));
+        goto done;
+    }
+    if (n == 0 || at[8] != '{') {
+        status = mili_fail(ctx, MIL_ERROR_FORMAT, "%s: the header does not begin with {", where);
+        goto done;
+    }
+#ifndef MIL_NO_STDIO
+    // The header of a mapped file may change between two looks at it; it is read twice, so it is copied.
+    if (source && source->mapped) {
+        copy_size = (size_t)n;
+        copy = (char *)mili_alloc(ctx, copy_size);
+        if (!copy) { status = MIL_ERROR_NO_MEMORY; goto done; }
+        memcpy(copy, at + 8, copy_size);
+    }
+#endif
+    {
+        const char *text = copy ? copy : (const char *)at + 8;
+        status = mili_json_parse(ctx, where, text, (size_t)n, 3, &header);
+        for (size_t i = (size_t)n; status == MIL_OK && i > header.size; i--) {
+            if (text[i - 1] != ' ')
+                status = mili_fail(ctx, MIL_ERROR_FORMAT, "%s: JSON: byte %llu: only spaces may follow the header's }", where,
+                                   (unsigned long long)(i - 1));
+        }
+    }
+    if (status == MIL_OK) status = mili_tensors_fill(file, where, header, at + 8 + n, size - 8 - (size_t)n, flags);
+done:
+    mili_free(ctx, copy, copy_size);
+    if (status == MIL_OK) *out = file;
+    else mil_tensors_free(file);
+    return status;
+}
+
+MILI_FN mil_status mili_tensors_open_memory(mil_context *ctx, const void *bytes, size_t size, unsigned flags, mil_tensors **out)
+{
+    *out = NULL;
+    if (!bytes && size) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "opening safetensors in memory: bytes is NULL");
+    return mili_tensors_parse(ctx, "safetensors in memory", bytes, size, flags, NULL, out);
+}
+
+MIL_DEF mil_status mil_tensors_open_memory(mil_context *ctx, const void *bytes, size_t size, unsigned flags, mil_tensors **out)
+{
+    if (out) *out = NULL;
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mili_enter(ctx);
+    if (!out) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_tensors_open_memory: out is NULL");
+    return mili_tensors_open_memory(ctx, bytes, size, flags, out);
+}
+
+#ifndef MIL_NO_STDIO
+MILI_FN mil_status mili_tensors_open(mil_context *ctx, const char *path, unsigned flags, mil_tensors **out)
+{
+    mil_file *source;
+    *out = NULL;
+    const mil_status status = mili_file_open(ctx, path, 0, flags, &source);
+    if (status != MIL_OK) return status;
+    return mili_tensors_parse(ctx, mili_path_tail(path), source->data, source->size, flags, source, out);
+}
+
+MIL_DEF mil_status mil_tensors_open(mil_context *ctx, const char *path, unsigned flags, mil_tensors **out)
+{
+    if (out) *out = NULL;
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mili_enter(ctx);
+    if (!out) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_tensors_open: out is NULL");
+    return mili_tensors_open(ctx, path, flags, out);
+}
+#endif
+
+MIL_DEF int64_t mil_tensors_count(const mil_tensors *file) { return file ? file->count : 0; }
+MIL_DEF int64_t mil_tensors_meta_count(const mil_tensors *file) { return file ? file->meta_count : 0; }
+
+MILI_INLINE const mili_tensor_entry *mili_tensors_pick(const mil_tensors *file, int64_t index)
+{
+    return file && index >= 0 && index < file->count ? &file->entries[index] : NULL;
+}
+
+MIL_DEF const char *mil_tensors_name(const mil_tensors *file, int64_t index)
+{
+    const mili_tensor_entry *e = mili_tensors_pick(file, index);
+    return e ? e->name : NULL;
+}
+
+MIL_DEF const mil_tensor *mil_tensors_at(const mil_tensors *file, int64_t index)
+{
+    const mili_tensor_entry *e = mili_tensors_pick(file, index);
+    return e ? &e->tensor : NULL;
+}
+
+MIL_DEF size_t mil_tensors_bytes(const mil_tensors *file, int64_t index)
+{
+    const mili_tensor_entry *e = mili_tensors_pick(file, index);
+    return e ? (size_t)(e->end - e->begin) : 0;
+}
+
+MIL_DEF const char *mil_tensors_dtype(const mil_tensors *file, int64_t index)
+{
+    const mili_tensor_entry *e = mili_tensors_pick(file, index);
+    return e ? e->dtype : NULL;
+}
+
+MIL_DEF int64_t mil_tensors_find(const mil_tensors *file, const char *name)
+{
+    int64_t low = 0, high = mil_tensors_count(file);
+    if (!name) return -1;
+    while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        const int order = strcmp(name, file->entries[file->by_name[middle]].name);
+        if (order == 0) return file->by_name[middle];
+        if (order < 0) high = middle; else low = middle + 1;
+    }
+    return -1;
+}
+
+MIL_DEF const mil_tensor *mil_tensors_get(const mil_tensors *file, const char *name)
+{
+    return mil_tensors_at(file, mil_tensors_find(file, name));
+}
+
+MIL_DEF const char *mil_tensors_meta_key(const mil_tensors *file, int64_t index)
+{
+    return file && index >= 0 && index < file->meta_count ? file->metas[index].key : NULL;
+}
+
+MIL_DEF const char *mil_tensors_meta_value(const mil_tensors *file, int64_t index)
+{
+    return file && index >= 0 && index < file->meta_count ? file->metas[index].value : NULL;
+}
+
+MIL_DEF const char *mil_tensors_meta(const mil_tensors *file, const char *key)
+{
+    for (int64_t i = 0; key && i < mil_tensors_meta_count(file); i++) {
+        if (strcmp(file->metas[i].key, key) == 0) return file->metas[i].value;
+    }
+    return NULL;
+}
+
+// ---- safetensors: writing ----
+
+// The reference's order of dtypes, by growing alignment; the writer goes from the last to the first.
+MILI_FN int mili_tensors_rank(mil_dtype dtype)
+{
+    static const mil_dtype order[] = { MIL_BOOL, MIL_U8, MIL_I8, MIL_I16, MIL_U16, MIL_F16, MIL_BF16, MIL_I32, MIL_U32, MIL_F32,
+                                       MIL_F64, MIL_I64, MIL_U64 };
+    int i = 0;
+    while (i < MILI_COUNT(order) && order[i] != dtype) i++;
+    return i;
+}
+
+typedef struct mili_tensors_plan {
+    const mil_tensor *tensors;
+    const char *const *names;
+    const mil_meta *meta;
+    int64_t  count, meta_count;
+    int64_t *order, *meta_order;                           // one allocation: count + meta_count indices
+    size_t   header_size, data_size;
+    int      add_format;                                   // "format" was not given
+} mili_tensors_plan;
+
+MILI_FN int mili_plan_compare(const void *arg, int64_t a, int64_t b)
+{
+    const mili_tensors_plan *plan = (const mili_tensors_plan *)arg;
+    const int x = mili_tensors_rank(plan->tensors[a].dtype), y = mili_tensors_rank(plan->tensors[b].dtype);
+    return x != y ? y - x : strcmp(plan->names[a], plan->names[b]);
+}
+
+MILI_FN int mili_plan_compare_names(const void *arg, int64_t a, int64_t b)
+{
+    const mili_tensors_plan *plan = (const mili_tensors_plan *)arg;
+    return strcmp(plan->names[a], plan->names[b]);
+}
+
+MILI_FN int mili_plan_compare_meta(const void *arg, int64_t a, int64_t b)
+{
+    const mili_tensors_plan *plan = (const mili_tensors_plan *)arg;
+    return strcmp(plan->meta[a].key, plan->meta[b].key);
+}
+
+MILI_FN void mili_plan_header(const mili_tensors_plan *plan, mili_sink *sink)
+{
+    uint64_t at = 0;
+    int64_t i = 0;
+    int add = plan->add_format, comma = 0;
+    mili_sink_text(sink, "{\"" MILI_TENSORS_META "\":{");
+    while (add || i < plan->meta_count) {                  // "format" takes its place among the sorted keys
+        const mil_meta *m = i < plan->meta_count ? &plan->meta[plan->meta_order[i]] : NULL;
+        const int ours = add && (!m || strcmp("format", m->key) < 0);
+        if (comma) mili_sink_put(sink, ",", 1);
+        comma = 1;
+        mili_sink_json(sink, ours ? "format" : m->key);
+        mili_sink_put(sink, ":", 1);
+        mili_sink_json(sink, ours ? "pt" : m->value);
+        if (ours) add = 0; else i++;
+    }
+    mili_sink_put(sink, "}", 1);
+    for (i = 0; i < plan->count; i++) {
+        const mil_tensor *t = &plan->tensors[plan->order[i]];
+        mili_sink_put(sink, ",", 1);
+        mili_sink_json(sink, plan->names[plan->order[i]]);
+        mili_sink_text(sink, ":{\"dtype\":\"");
+        mili_sink_text(sink, mil_dtype_name(t->dtype));
+        mili_sink_text(sink, "\",\"shape\":[");
+        for (int a = 0; a < t->rank; a++) {
+            if (a) mili_sink_put(sink, ",", 1);
+            mili_sink_number(sink, (uint64_t)t->shape[a]);
+        }
+        mili_sink_text(sink, "],\"data_offsets\":[");
+        mili_sink_number(sink, at);
+        mili_sink_put(sink, ",", 1);
+        at += (uint64_t)mil_tensor_count(t) * mil_dtype_size(t->dtype);
+        mili_sink_number(sink, at);
+        mili_sink_text(sink, "]}");
+    }
+    mili_sink_put(sink, "}", 1);
+}
+
+MILI_FN size_t mili_plan_index_bytes(const mili_tensors_plan *plan)
+{
+    return ((size_t)plan->count + (size_t)plan->meta_count) * sizeof(int64_t);
+}
+
+// Checks everything, sorts, measures. The plan's index is to be freed by the caller, also on failure.
+MILI_FN mil_status mili_plan_make(mil_context *ctx, mili_tensors_plan *plan, const mil_tensor *tensors, const char *const *names,
+                                  int64_t count, const mil_meta *meta, int64_t meta_count)
+{
+    mili_sink measure;
+    memset(plan, 0, sizeof *plan);
+    if (count < 0 || meta_count < 0 || (count && (!tensors || !names)) || (meta_count && !meta) ||
+        count > INT32_MAX || meta_count > INT32_MAX)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "writing safetensors: a negative count, or no tensors, names or metadata given");
+    plan->tensors = tensors;
+    plan->names = names;
+    plan->meta = meta;
+    plan->add_format = 1;
+    for (int64_t i = 0; i < meta_count; i++) {
+        if (!meta[i].key || !meta[i].value || !mili_utf8_valid(meta[i].key, strlen(meta[i].key)) ||
+            !mili_utf8_valid(meta[i].value, strlen(meta[i].value)))
+            return mili_fail(ctx, MIL_ERROR_ARGUMENT, "writing safetensors: metadata %s: NULL or not UTF-8",
+                             mili_quote(meta[i].key ? meta[i].key : "").text);
+        if (strcmp(meta[i].key, "format") == 0) plan->add_format = 0;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        char what[160];
+        size_t bytes = 0;
+        if (!names[i] || !mili_utf8_valid(names[i], strlen(names[i])) || strcmp(names[i], MILI_TENSORS_META) == 0)
+            return mili_fail(ctx, MIL_ERROR_ARGUMENT, "writing safetensors: tensor %s: the name is NULL, not UTF-8 or reserved",
+                             mili_quote(names[i] ? names[i] : "").text);
+        snprintf(what, sizeof what, "writing safetensors: tensor %s", mili_quote(names[i]).text);
+        const mil_status status = mili_check_written(ctx, what, &tensors[i], &bytes);
+        if (status != MIL_OK) return status;
+        if (!mili_add_size(plan->data_size, bytes, &plan->data_size) || plan->data_size > SIZE_MAX / 4)
+            return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: all tensors together are too large", what);
+    }
+    if (count + meta_count) {
+        plan->count = count;
+        plan->meta_count = meta_count;
+        plan->order = (int64_t *)mili_alloc(ctx, mili_plan_index_bytes(plan));
+        if (!plan->order) return MIL_ERROR_NO_MEMORY;
+        plan->meta_order = plan->order + count;
+    }
+    for (int64_t i = 0; i < count; i++) plan->order[i] = i;
+    for (int64_t i = 0; i < meta_count; i++) plan->meta_order[i] = i;
+    mili_index_sort(plan->meta_order, meta_count, mili_plan_compare_meta, plan);
+    for (int64_t i = 1; i < meta_count; i++) {
+        const char *key = meta[plan->meta_order[i]].key;
+        if (strcmp(key, meta[plan->meta_order[i - 1]].key) == 0)
+            return mili_fail(ctx, MIL_ERROR_ARGUMENT, "writing safetensors: metadata %s is given twice", mili_quote(key).text);
+    }
+    mili_index_sort(plan->order, count, mili_plan_compare_names, plan);
+    for (int64_t i = 1; i < count; i++) {
+        const char *name = names[plan->order[i]];
+        if (strcmp(name, names[plan->order[i - 1]]) == 0)
+            return mili_fail(ctx, MIL_ERROR_ARGUMENT, "writing safetensors: tensor %s is given twice", mili_quote(name).text);
+    }
+    mili_index_sort(plan->order, count, mili_plan_compare, plan);
+    memset(&measure, 0, sizeof measure);
+    mili_plan_header(plan, &measure);
+    plan->header_size = (measure.size + 7) / 8 * 8;
+    if (plan->header_size > MILI_TENSORS_MAX_HEADER)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "writing safetensors: the header takes %llu bytes, above the format's 100000000",
+                         (unsigned long long)plan->header_size);
+    return MIL_OK;
+}
+
+MILI_FN void mili_plan_write(const mili_tensors_plan *plan, mili_sink *sink)
+{
+    unsigned char length[8];
+    for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)plan->header_size >> (8 * i) & 255);
+    mili_sink_put(sink, length, sizeof length);
+    mili_plan_header(plan, sink);
+    while (sink->status == MIL_OK && sink->size < 8 + plan->header_size) mili_sink_put(sink, " ", 1);
+    for (int64_t i = 0; i < plan->count; i++) mili_sink_tensor(sink, &plan->tensors[plan->order[i]]);
+}
+
+// The two-call protocol: gives the need, and says whether there is memory to write to. Sizes were checked not to wrap.
+MILI_FN mil_status mili_memory_room(mil_context *ctx, const char *what, void *dst, size_t *size, size_t need, mili_sink *sink)
+{
+    const size_t room = *size;
+    *size = need;
+    memset(sink, 0, sizeof *sink);
+    if (dst && room < need)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: %llu bytes of room, %llu are needed", what, (unsigned long long)room,
+                         (unsigned long long)need);
+    sink->memory = (unsigned char *)dst;
+    return MIL_OK;
+}
+
+MILI_FN mil_status mili_tensors_write_memory(mil_context *ctx, const mil_tensor *tensors, const char *const *names, int64_t count,
+                                             const mil_meta *meta, int64_t meta_count, void *dst, size_t *size)
+{
+    mili_tensors_plan plan;
+    mili_sink sink;
+    mil_status status = mili_plan_make(ctx, &plan, tensors, names, count, meta, meta_count);
+    if (status == MIL_OK)
+        status = mili_memory_room(ctx, "writing safetensors", dst, size, 8 + plan.header_size + plan.data_size, &sink);
+    if (status == MIL_OK && dst) mili_plan_write(&plan, &sink);
+    mili_free(ctx, plan.order, mili_plan_index_bytes(&plan));
+    return status;
+}
+
+MIL_DEF mil_status mil_tensors_write_memory(mil_context *ctx, const mil_tensor *tensors, const char *const *names, int64_t count,
+                                            const mil_meta *meta, int64_t meta_count, void *dst, size_t *size)
+{
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mili_enter(ctx);
+    if (!size) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_tensors_write_memory: size is NULL");
+    return mili_tensors_write_memory(ctx, tensors, names, count, meta, meta_count, dst, size);
+}
+
+#ifndef MIL_NO_STDIO
+MILI_FN mil_status mili_tensors_write(mil_context *ctx, const char *path, const mil_tensor *tensors, const char *const *names,
+                                      int64_t count, const mil_meta *meta, int64_t meta_count)
+{
+    mili_tensors_plan plan;
+    mili_sink sink;
+    mil_status status = mili_plan_make(ctx, &plan, tensors, names, count, meta, meta_count);
+    memset(&sink, 0, sizeof sink);
+    if (status == MIL_OK) status = mili_writer_create(ctx, path, &sink.writer);
+    if (status == MIL_OK) {
+        mili_plan_write(&plan, &sink);
+        status = sink.status;
+    }
+    if (status == MIL_OK) status = mili_writer_commit(sink.writer);
+    mil_writer_free(sink.writer);
+    mili_free(ctx, plan.order, mili_plan_index_bytes(&plan));
+    return status;
+}
+
+MIL_DEF mil_status mil_tensors_write(mil_context *ctx, const char *path, const mil_tensor *tensors, const char *const *names,
+                                     int64_t count, const mil_meta *meta, int64_t meta_count)
+{
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mili_enter(ctx);
+    return mili_tensors_write(ctx, path, tensors, names, count, meta, meta_count);
+}
+#endif
+
+// ---- NPY: reading ----
+//   93 'N' 'U' 'M' 'P' 'Y' | major | minor | header length u16 (1.0) or u32 (2.0, 3.0) | a Python dict, spaces, newline | data
+
+#define MILI_NPY_MAX_HEADER 10000                          // NumPy's own limit
+
+struct mil_npy {
+    mil_context *ctx;
+    mil_file  *file;                                       // NULL when opened from memory
+    void      *swapped;                                    // data of the other byte order, swapped
+    size_t     swapped_size;
+    mil_tensor tensor;
+    char       warning[160];
+};
+
+// The header, read in one pass: a mapped file may change, but then only what is read changes, never where.
+typedef struct mili_npy_header {
+    const char *at, *end;
+    mil_dtype   dtype;
+    char        order;                                     // of bytes: < > or |
+    int         fortran, rank;
+    int64_t     shape[MIL_MAX_RANK];
+} mili_npy_header;
+
+MIL_DEF void mil_npy_free(mil_npy *npy)
+{
+    if (!npy) return;
+    mili_free(npy->ctx, npy->swapped, npy->swapped_size);
+#ifndef MIL_NO_STDIO
+    mil_file_free(npy->file);
+#endif
+    mili_free(npy->ctx, npy, sizeof *npy);
+}
+
+MILI_FN void mili_npy_space(mili_npy_header *h)
+{
+    while (h->at < h->end && mili_json_is_space(*h->at)) h->at++;
+}
+
+// Skips space, then takes c if it comes next.
+MILI_FN int mili_npy_take(mili_npy_header *h, char c)
+{
+    mili_npy_space(h);
+    if (h->at == h->end || *h->at != c) return 0;
+    h->at++;
+    return 1;
+}
+
+MILI_FN int mili_npy_word(mili_npy_header *h, const char *word)
+{
+    const size_t n = strlen(word);
+    mili_npy_space(h);
+    if ((size_t)(h->end - h->at) < n || memcmp(h->at, word, n) != 0) return 0;
+    h->at += n;
+    return 1;
+}
+
+// A Python string without escapes, in either kind of quotes.
+MILI_FN int mili_npy_string(mili_npy_header *h, const char **text, size_t *size)
+{
+    const char quote = mili_npy_take(h, '\'') ? '\'' : mili_npy_take(h, '"') ? '"' : '\0';
+    if (!quote) return 0;
+    *text = h->at;
+    while (h->at < h->end && *h->at != quote && *h->at != '\\' && (unsigned char)*h->at >= 0x20) h->at++;
+    if (h->at == h->end || *h->at != quote) return 0;
+    *size = (size_t)(h->at++ - *text);
+    return 1;
+}
+
+// "<f4" and the like. NULL, or why it is refused; *unsupported when the array is valid NPY all the same.
+MILI_FN const char *mili_npy_descr(mili_npy_header *h, const char *d, size_t n, int *unsupported)
+{
+    static const struct { char kind, bytes; mil_dtype dtype; } types[] = {
+        { 'f', '4', MIL_F32 }, { 'f', '8', MIL_F64 }, { 'f', '2', MIL_F16 }, { 'i', '1', MIL_I8 },  { 'u', '1', MIL_U8 },
+        { 'i', '2', MIL_I16 }, { 'u', '2', MIL_U16 }, { 'i', '4', MIL_I32 }, { 'u', '4', MIL_U32 }, { 'i', '8', MIL_I64 },
+        { 'u', '8', MIL_U64 }, { 'b', '1', MIL_BOOL } };
+    *unsupported = 0;
+    if (n < 2 || (d[0] != '<' && d[0] != '>' && d[0] != '|'))
+        return "it does not begin with <, > or |, the byte order";
+    h->order = d[0];
+    for (int i = 0; i < MILI_COUNT(types); i++) {
+        if (n != 3 || d[1] != types[i].kind || d[2] != types[i].bytes) continue;
+        h->dtype = types[i].dtype;
+        if (d[0] == '|' && d[2] != '1') return "| is for types of one byte";
+        return NULL;
+    }
+    *unsupported = 1;
+    switch (d[1]) {
+    case 'O': return "an object array, which is a pickle; save it with a numeric dtype";
+    case 'V': return n == 3 && d[2] == '2' ? "bfloat16 has no code in NPY; convert to float32 or float16, or use safetensors"
+                                           : "raw or structured data; save each field as an array of its own";
+    case 'U': case 'S': case 'a': return "text; save numbers";
+    case 'c': return "complex; save real and imaginary parts as arrays of their own";
+    case 'M': case 'm': return "dates or times; convert to int64 or float64";
+    case 'f': case 'i': case 'u': case 'b': return "a width that is not supported; convert to float32";
+    default: *unsupported = 0; return "no type that NPY has";
+    }
+}
+
+// A tuple of lengths: (), (4,), (4, 5), (4L, 5L). NULL, or what is wrong.
+MILI_FN const char *mili_npy_shape(mili_npy_header *h, int *unsupported)
+{
+    int64_t rank = 0;
+    int comma = 1;
+    if (!mili_npy_take(h, '(')) return "shape is not a tuple";
+    while (!mili_npy_take(h, ')')) {
+        uint64_t u = 0;
+        const char *start;
+        if (!comma) return "shape is not a tuple of integers";
+        mili_npy_space(h);
+        start = h->at;
+        if (h->at < h->end && *h->at == '-') return "shape has a negative length";
+        for (; h->at < h->end && mili_is_digit(*h->at); h->at++) {
+            const uint64_t digit = (uint64_t)(*h->at - '0');
+            if (u > ((uint64_t)INT64_MAX - digit) / 10) return "shape has a length that does not fit";
+            u = u * 10 + digit;
+        }
+        if (h->at == start || (*start == '0' && h->at - start > 1)) return "shape has a length that is not an integer";
+        if (h->at < h->end && *h->at == 'L') h->at++;      // Python 2
+        if (rank < MIL_MAX_RANK) h->shape[rank] = (int64_t)u;
+        rank++;
+        comma = mili_npy_take(h, ',');
+    }
+    if (rank == 1 && !comma) return "shape (n) is not a tuple";
+    *unsupported = rank > MIL_MAX_RANK;
+    if (*unsupported) return "rank above 8 is not supported";
+    h->rank = (int)rank;
+    return NULL;
+}
+
+MILI_FN mil_status mili_npy_parse_header(mil_context *ctx, const char *where, mili_npy_header *h)
+{
+    static const char *const names[] = { "descr", "fortran_order", "shape" };
+    int seen[3] = { 0, 0, 0 }, comma = 1, unsupported = 0;
+    const char *text = NULL, *why = NULL;
+    size_t size = 0;
+    if (!mili_npy_take(h, '{')) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: the NPY header is not a dict", where);
+    while (!mili_npy_take(h, '}')) {
+        int i = 0;
+        if (!comma || !mili_npy_string(h, &text, &size))
+            return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: the NPY header is not a dict of descr, fortran_order, shape", where);
+        while (i < 3 && (strlen(names[i]) != size || memcmp(names[i], text, size) != 0)) i++;
+        if (i == 3) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: NPY header: key %s is not one of descr, fortran_order, shape", where,
+                                     mili_quote_n(text, size).text);
+        if (seen[i]++) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: NPY header: %s stands twice", where, names[i]);
+        if (!mili_npy_take(h, ':')) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: NPY header: no : after %s", where, names[i]);
+        mili_npy_space(h);
+        if (i == 0) {
+            if (h->at < h->end && *h->at == '[')
+                return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "%s: NPY header: descr is a list, a structured array; save each field as "
+                                 "an array of its own", where);
+            if (!mili_npy_string(h, &text, &size)) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: NPY header: descr is not a string", where);
+            why = mili_npy_descr(h, text, size, &unsupported);
+            if (why) return mili_fail(ctx, unsupported ? MIL_ERROR_UNSUPPORTED : MIL_ERROR_FORMAT, "%s: NPY header: descr %s: %s", where,
+                                      mili_quote_n(text, size).text, why);
+        } else if (i == 1) {
+            h->fortran = mili_npy_word(h, "True");
+            if (!h->fortran && !mili_npy_word(h, "False"))
+                return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: NPY header: fortran_order is not True or False", where);
+        } else {
+            text = h->at;
+            why = mili_npy_shape(h, &unsupported);
+            if (why) return mili_fail(ctx, unsupported ? MIL_ERROR_UNSUPPORTED : MIL_ERROR_FORMAT, "%s: NPY header: %s: %s", where, why,
+                                      mili_quote_n(text, (size_t)MILI_MIN(h->end - text, 40)).text);
+        }
+        comma = mili_npy_take(h, ',');
+    }
+    for (int i = 0; i < 3; i++) {
+        if (!seen[i]) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: NPY header: %s is missing", where, names[i]);
+    }
+    mili_npy_space(h);
+    if (h->at != h->end) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: NPY header: something follows the dict", where);
+    return MIL_OK;
+}
+
+MILI_FN mil_status mili_npy_fill(mil_npy *npy, const char *where, const unsigned char *at, size_t size)
+{
+    mil_context *ctx = npy->ctx;
+    mili_npy_header h;
+    size_t need = 0;
+    if (size < 10 || memcmp(at, "\x93NUMPY", 6) != 0)
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: %s%s", where, size < 10 ? "too short for an NPY file" : "not an NPY file: the first six "
+                         "bytes are not \\x93NUMPY", mili_file_hint(at, size));
+    const int major = at[6], minor = at[7];
+    if (major < 1 || major > 3 || minor != 0)
+        return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "%s: NPY version %d.%d; 1.0, 2.0 and 3.0 exist", where, major, minor);
+    const size_t start = major == 1 ? 10 : 12;
+    if (size < start) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: too short for an NPY file", where);
+    const size_t length = (size_t)mili_read_le(at + 8, major == 1 ? 2 : 4);
+    if (length > MILI_NPY_MAX_HEADER || length > size - start)
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: the NPY header's length %llu is %s", where, (unsigned long long)length,
+                         length > MILI_NPY_MAX_HEADER ? "above NumPy's limit of 10000" : "past the end of the file");
+    memset(&h, 0, sizeof h);
+    h.at = (const char *)at + start;
+    h.end = h.at + length;
+    const mil_status status = mili_npy_parse_header(ctx, where, &h);
+    if (status != MIL_OK) return status;
+
+    const unsigned char *data = at + start + length;
+    const size_t room = size - start - length, element = mil_dtype_size(h.dtype);
+    const int64_t count = mili_shape_count(h.rank, h.shape);
+    const mili_shape_words words = mili_shape_quote(h.rank, h.shape);
+    if (count < 0 || !mili_mul_size((size_t)count, element, &need))
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: NPY shape %s overflows", where, words.text);
+    if (need > room)
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: %llu bytes of data, but %s %s takes %llu", where, (unsigned long long)room,
+                         mil_dtype_name(h.dtype), words.text, (unsigned long long)need);
+    if (room > need)
+        snprintf(npy->warning, sizeof npy->warning, "%llu bytes after the array %s %s are ignored", (unsigned long long)(room - need),
+                 mil_dtype_name(h.dtype), h.rank <= 3 ? words.text : "");
+
+    if (element > 1 && need && h.order == (MILI_BIG_ENDIAN ? '<' : '>')) {
+        npy->swapped = mili_alloc(ctx, need);
+        if (!npy->swapped) return MIL_ERROR_NO_MEMORY;
+        npy->swapped_size = need;
+        mili_swap_copy(npy->swapped, data, need, element);
+        data = (const unsigned char *)npy->swapped;
+    }
+    npy->tensor = mil_tensor_make(data, h.dtype, h.rank, h.shape);
+    if (h.fortran && h.rank > 1 && count > 0) {            // the first index runs fastest
+        int64_t step = (int64_t)element;
+        for (int a = 0; a < h.rank; a++) { npy->tensor.stride[a] = step; step *= h.shape[a]; }
+    }
+    return MIL_OK;
+}
+
+// Takes `source` (may be NULL) over, also on failure.
+MILI_FN mil_status mili_npy_parse(mil_context *ctx, const char *where, const void *bytes, size_t size, mil_file *source, mil_npy **out)
+{
+    mil_status status = MIL_ERROR_NO_MEMORY;
+    *out = NULL;
+    mil_npy *npy = (mil_npy *)mili_alloc(ctx, sizeof *npy);
+    if (!npy) {
+#ifndef MIL_NO_STDIO
+        mil_file_free(source);
+#endif
+        return status;
+    }
+    memset(npy, 0, sizeof *npy);
+    npy->ctx = ctx;
+    npy->file = source;
+    status = mili_npy_fill(npy, where, (const unsigned char *)bytes, size);
+    if (status == MIL_OK) *out = npy;
+    else mil_npy_free(npy);
+    return status;
+}
+
+MIL_DEF mil_status mil_npy_open_memory(mil_context *ctx, const void *bytes, size_t size, unsigned flags, mil_npy **out)
+{
+    MILI_UNUSED(flags);
+    if (out) *out = NULL;
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mili_enter(ctx);
+    if (!out || (!bytes && size)) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_npy_open_memory: bytes or out is NULL");
+    return mili_npy_parse(ctx, "NPY in memory", bytes, size, NULL, out);
+}
+
+#ifndef MIL_NO_STDIO
+MILI_FN mil_status mili_npy_open(mil_context *ctx, const char *path, unsigned flags, mil_npy **out)
+{
+    mil_file *source;
+    *out = NULL;
+    const mil_status status = mili_file_open(ctx, path, 0, flags, &source);
+    if (status != MIL_OK) return status;
+    return mili_npy_parse(ctx, mili_path_tail(path), source->data, source->size, source, out);
+}
+
+MIL_DEF mil_status mil_npy_open(mil_context *ctx, const char *path, unsigned flags, mil_npy **out)
+{
+    if (out) *out = NULL;
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mili_enter(ctx);
+    if (!out) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_npy_open: out is NULL");
+    return mili_npy_open(ctx, path, flags, out);
+}
+#endif
+
+MIL_DEF const mil_tensor *mil_npy_tensor(const mil_npy *npy) { return npy ? &npy->tensor : NULL; }
+MIL_DEF const char *mil_npy_warning(const mil_npy *npy) { return npy ? npy->warning : ""; }
+
+// ---- NPY: writing ----
+
+// The header with all that stands before the data into head[512]; returns its bytes. NumPy leaves room for the first axis
+// to grow to 21 digits, then pads to a multiple of 64.
+MILI_FN size_t mili_npy_head(const mil_tensor *t, char *head)
+{
+    static const char kinds[] = "fiub", first[] = "FIUB";  // F32 is 'f', ...
+    const char *name = mil_dtype_name(t->dtype), *kind = strchr(first, name[0]);
+    const size_t element = mil_dtype_size(t->dtype);
+    size_t n = 10, axis = 0;
+    n += (size_t)snprintf(head + n, 512 - n, "{'descr': '%c%c%d', 'fortran_order': False, 'shape': (", element == 1 ? '|' : '<',
+                          kinds[kind - first], (int)element);
+    for (int a = 0; a < t->rank; a++) {
+        const size_t digits = (size_t)snprintf(head + n, 512 - n, a ? ", %lld" : "%lld", (long long)t->shape[a]);
+        if (a == 0) axis = digits;
+        n += digits;
+    }
+    n += (size_t)snprintf(head + n, 512 - n, t->rank == 1 ? ",), }" : "), }");
+    if (t->rank > 0) for (; axis < 21; axis++) head[n++] = ' ';
+    while ((n + 1) % 64) head[n++] = ' ';
+    head[n++] = '\n';
+    memcpy(head, "\x93NUMPY\1\0", 8);
+    head[8] = (char)((n - 10) & 255);
+    head[9] = (char)((n - 10) >> 8);
+    return n;
+}
+
+MILI_FN mil_status mili_npy_check(mil_context *ctx, const mil_tensor *t, size_t *bytes)
+{
+    const mil_status status = mili_check_written(ctx, "writing NPY", t, bytes);
+    if (status != MIL_OK) return status;
+    if (t->dtype == MIL_BF16)
+        return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "writing NPY: BF16 has no code in NPY; convert it, or write safetensors");
+    return MIL_OK;
+}
+
+MIL_DEF mil_status mil_npy_write_memory(mil_context *ctx, const mil_tensor *t, void *dst, size_t *size)
+{
+    char head[512];
+    mili_sink sink;
+    size_t bytes = 0, n = 0;
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mili_enter(ctx);
+    if (!size) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_npy_write_memory: size is NULL");
+    mil_status status = mili_npy_check(ctx, t, &bytes);
+    if (status != MIL_OK) return status;
+    n = mili_npy_head(t, head);
+    status = mili_memory_room(ctx, "writing NPY", dst, size, n + bytes, &sink);
+    if (status != MIL_OK || !dst) return status;
+    mili_sink_put(&sink, head, n);
+    mili_sink_tensor(&sink, t);
+    return MIL_OK;
+}
+
+#ifndef MIL_NO_STDIO
+MIL_DEF mil_status mil_npy_write(mil_context *ctx, const char *path, const mil_tensor *t)
+{
+    char head[512];
+    mili_sink sink;
+    size_t bytes = 0;
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mili_enter(ctx);
+    mil_status status = mili_npy_check(ctx, t, &bytes);
+    if (status != MIL_OK) return status;
+    memset(&sink, 0, sizeof sink);
+    status = mili_writer_create(ctx, path, &sink.writer);
+    if (status != MIL_OK) return status;
+    mili_sink_put(&sink, head, mili_npy_head(t, head));
+    mili_sink_tensor(&sink, t);
+    status = sink.status;
+    if (status == MIL_OK) status = mili_writer_commit(sink.writer);
+    mil_writer_free(sink.writer);
+    return status;
+}
+#endif
+
+// ==== >>model-code: options, registry, load, save =================================================================
+
+// ==== >>model-blocks: the models ==================================================================================
+
+// ==== >>loss-code: cross-entropy, binary cross-entropy ============================================================
+
+// ==== >>train-code: optimizers, schedules, trainer ================================================================
+
+// ==== >>score-code: scorer ========================================================================================
+
+// ==== >>metric-code: metrics ======================================================================================
+// Every metric is written once, for bags that count w[i] times (w NULL: once each). A bootstrap resample is then nothing but
+// other counts, and the scores are sorted once for all resamples.
+
+#define MILI_METRIC_NAN ((double)NAN)                      // a value that the data leave undefined
+
+static const struct { const char *name; int sign; const char *meaning; } mili_metric_table[MIL_METRIC_COUNT] = {
+#define MILI_X(NAME, member, sign, meaning) { #member, sign, meaning },
+    MIL_METRIC_LIST(MILI_X)
+#undef MILI_X
+};
+
+MILI_FN int mili_metric_exists(mil_metric which) { return (int)which >= 0 && (int)which < (int)MIL_METRIC_COUNT; }
+
+MIL_API const char *mil_metric_name(mil_metric which)
+{
+    return mili_metric_exists(which) ? mili_metric_table[which].name : NULL;
+}
+
+MIL_API const char *mil_metric_meaning(mil_metric which)
+{
+    return mili_metric_exists(which) ? mili_metric_table[which].meaning : NULL;
+}
+
+MIL_API int mil_metric_sign(mil_metric which) { return mili_metric_exists(which) ? mili_metric_table[which].sign : 0; }
+
+MIL_API double mil_metric_value(const mil_metrics *m, mil_metric which)
+{
+    if (m) switch (which) {
+#define MILI_X(NAME, member, sign, meaning) case MIL_METRIC_##NAME: return m->member;
+    MIL_METRIC_LIST(MILI_X)
+#undef MILI_X
+    case MIL_METRIC_COUNT: break;
+    }
+    return MILI_METRIC_NAN;
+}
+
+MIL_API mil_metric mil_metric_find(const char *name)
+{
+    int i = 0;
+    while (i < (int)MIL_METRIC_COUNT && (!name || strcmp(name, mili_metric_table[i].name) != 0)) i++;
+    return (mil_metric)i;
+}
+
+// ---- what comes in is checked here, once -----------------------------------------------------------
+
+MILI_FN mil_status mili_metric_sizes(mil_context *ctx, const char *what, const void *a, const void *b, const void *out,
+                                     int64_t n, int64_t C, int64_t least_classes)
+{
+    size_t cells;
+    if (!a || !b || !out) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: a NULL array or result", what);
+    if (C < least_classes)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: %lld classes, at least %lld needed", what, (long long)C,
+                         (long long)least_classes);
+    if (n < 1) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: nothing to measure (n = %lld)", what, (long long)n);
+    if ((uint64_t)n > SIZE_MAX || (uint64_t)C > SIZE_MAX || !mili_mul_size((size_t)n, (size_t)C, &cells) ||
+        !mili_mul_size(cells, 8 * sizeof(double), &cells))
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: [%lld, %lld] is too large", what, (long long)n, (long long)C);
+    return MIL_OK;
+}
+
+MILI_FN mil_status mili_metric_labels(mil_context *ctx, const char *what, const int64_t *labels, int64_t n, int64_t classes)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (labels[i] < 0 || labels[i] >= classes)
+            return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: label %lld of bag %lld is outside 0..%lld", what,
+                             (long long)labels[i], (long long)i, (long long)(classes - 1));
+    return MIL_OK;
+}
+
+MILI_FN mil_status mili_metric_scores(mil_context *ctx, const char *what, const double *scores, int64_t n, int64_t C,
+                                      int finite)
+{
+    for (int64_t i = 0; i < n * C; i++) {
+        if (scores[i] != scores[i])
+            return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: bag %lld has a score that is not a number", what,
+                             (long long)(i / C));
+        if (finite && scores[i] - scores[i] != 0)
+            return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: bag %lld has an infinite score", what, (long long)(i / C));
+    }
+    return MIL_OK;
+}
+
+MILI_FN mil_status mili_metric_probabilities(mil_context *ctx, const char *what, const double *p, int64_t n, int64_t C)
+{
+    mil_status status = mili_metric_scores(ctx, what, p, n, C, 0);
+    for (int64_t i = 0; status == MIL_OK && i < n; i++, p += C) {
+        double sum = 0;
+        for (int64_t c = 0; c < C; c++) {
+            if (!(p[c] >= 0 && p[c] <= 1 + 1e-6))
+                return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: bag %lld has probability %g, not in 0..1 (is it a logit?)",
+                                 what, (long long)i, p[c]);
+            sum += p[c];
+        }
+        if (C > 1 && !(fabs(sum - 1) <= 0.01))
+            return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: the probabilities of bag %lld sum to %g, not 1", what,
+                             (long long)i, sum);
+    }
+    return status;
+}
+
+// p [C] of one bag -> the probability of class c; one column is class 1's.
+MILI_FN double mili_metric_probability(const double *p, int64_t C, int64_t c) { return C > 1 ? p[c] : c ? p[0] : 1 - p[0]; }
+
+MILI_FN int64_t mili_metric_argmax(const double *p, int64_t C)
+{
+    int64_t best = 0;
+    if (C == 1) return p[0] > 0.5;
+    for (int64_t c = 1; c < C; c++)
+        if (p[c] > p[best]) best = c;
+    return best;
+}
+
+// order [n]: 0..n-1 by ascending key[i * stride], equal keys in the order of their index. Merge sort from the bottom up:
+// stable, no recursion, n log n whatever the data. spare [n].
+MILI_FN void mili_metric_sort(const double *key, int64_t stride, int64_t n, int64_t *order, int64_t *spare)
+{
+    int64_t *from = order, *to = spare;
+    for (int64_t i = 0; i < n; i++) order[i] = i;
+    for (int64_t width = 1; width < n; width = width > n / 2 ? n : 2 * width) {
+        for (int64_t start = 0; start < n; ) {
+            const int64_t middle = n - start > width ? start + width : n;
+            const int64_t end = n - middle > width ? middle + width : n;
+            int64_t a = start, b = middle;
+            for (int64_t k = start; k < end; k++)
+                to[k] = b >= end || (a < middle && key[from[a] * stride] <= key[from[b] * stride]) ? from[a++] : from[b++];
+            start = end;
+        }
+        int64_t *swap = from;
+        from = to;
+        to = swap;
+    }
+    if (from != order) memcpy(order, from, (size_t)n * sizeof *order);
+}
+
+// ---- the confusion matrix and what follows from it -------------------------------------------------
+
+MIL_API mil_status mil_metric_predict(mil_context *ctx, const double *scores, int64_t n, int64_t C, int64_t *predicted)
+{
+    mil_status status = mili_metric_sizes(ctx, "predict", scores, scores, predicted, n, C, 1);
+    if (status == MIL_OK) status = mili_metric_scores(ctx, "predict", scores, n, C, 0);
+    for (int64_t i = 0; status == MIL_OK && i < n; i++) predicted[i] = mili_metric_argmax(scores + i * C, C);
+    return status;
+}
+
+MILI_FN void mili_confusion(const int64_t *predicted, const int64_t *labels, const int64_t *w, int64_t n, int64_t C,
+                            int64_t *confusion)
+{
+    for (int64_t i = 0; i < C * C; i++) confusion[i] = 0;
+    for (int64_t i = 0; i < n; i++) confusion[labels[i] * C + predicted[i]] += w ? w[i] : 1;
+}
+
+MIL_API mil_status mil_metric_confusion(mil_context *ctx, const int64_t *predicted, const int64_t *labels, int64_t n,
+                                        int64_t C, int64_t *confusion)
+{
+    mil_status status = mili_metric_sizes(ctx, "confusion", predicted, labels, confusion, n, C, 2);
+    if (status == MIL_OK) status = mili_metric_labels(ctx, "confusion", labels, n, C);
+    if (status == MIL_OK) status = mili_metric_labels(ctx, "confusion: predicted", predicted, n, C);
+    if (status == MIL_OK) mili_confusion(predicted, labels, NULL, n, C, confusion);
+    return status;
+}
+
+typedef struct { double tp, fp, fn, tn; } mili_counts;
+
+// Class c of confusion [C, C] against the rest.
+MILI_FN mili_counts mili_counts_of(const int64_t *confusion, int64_t C, int64_t c)
+{
+    mili_counts k = { 0, 0, 0, 0 };
+    for (int64_t t = 0; t < C; t++)
+        for (int64_t p = 0; p < C; p++)
+            *(t == c ? p == c ? &k.tp : &k.fn : p == c ? &k.fp : &k.tn) += (double)confusion[t * C + p];
+    return k;
+}
+
+enum { MILI_PRECISION, MILI_RECALL, MILI_SPECIFICITY, MILI_F1 };
+
+MILI_FN double mili_class_value(mili_counts k, int what)
+{
+    const double tp = what == MILI_F1 ? 2 * k.tp : what == MILI_SPECIFICITY ? k.tn : k.tp;
+    const double rest = what == MILI_PRECISION || what == MILI_SPECIFICITY ? k.fp : what == MILI_RECALL ? k.fn : k.fp + k.fn;
+    if (k.tp + k.fp + k.fn == 0) return MILI_METRIC_NAN;   // neither seen nor predicted
+    return tp == 0 ? 0 : tp / (tp + rest);
+}
+
+// The weighted mean of those values that are numbers.
+typedef struct { double sum, weight; } mili_mean;
+
+MILI_FN void mili_mean_add(mili_mean *m, double value, double weight)
+{
+    if (value != value) return;
+    m->sum += weight * value;
+    m->weight += weight;
+}
+
+MILI_FN double mili_mean_value(mili_mean m) { return m.weight > 0 ? m.sum / m.weight : MILI_METRIC_NAN; }
+
+MILI_FN double mili_class_mean(const int64_t *confusion, int64_t C, mil_average average, int what, double *per_class)
+{
+    mili_mean mean = { 0, 0 };
+    for (int64_t c = 0; c < C; c++) {
+        const mili_counts k = mili_counts_of(confusion, C, c);
+        const double value = mili_class_value(k, what);
+        if (per_class) per_class[c] = value;
+        mili_mean_add(&mean, value, average == MIL_AVERAGE_WEIGHTED ? k.tp + k.fn : 1);
+    }
+    return mili_mean_value(mean);
+}
+
+MILI_FN double mili_accuracy(const int64_t *confusion, int64_t C)
+{
+    double right = 0, all = 0;
+    for (int64_t i = 0; i < C * C; i++) {
+        all += (double)confusion[i];
+        if (i / C == i % C) right += (double)confusion[i];
+    }
+    return right / all;
+}
+
+MILI_FN double mili_balanced_accuracy(const int64_t *confusion, int64_t C)
+{
+    mili_mean mean = { 0, 0 };
+    for (int64_t c = 0; c < C; c++) {
+        const mili_counts k = mili_counts_of(confusion, C, c);
+        if (k.tp + k.fn > 0) mili_mean_add(&mean, k.tp / (k.tp + k.fn), 1);
+    }
+    return mili_mean_value(mean);
+}
+
+MILI_FN double mili_kappa(const int64_t *confusion, int64_t C, mil_kappa_weights weights)
+{
+    double seen = 0, chance = 0, n = 0;
+    for (int64_t i = 0; i < C * C; i++) n += (double)confusion[i];
+    for (int64_t i = 0; i < C; i++)
+        for (int64_t j = 0; j < C; j++) {
+            const double d = (double)(i < j ? j - i : i - j);
+            const double w = weights == MIL_KAPPA_UNWEIGHTED ? (d > 0) : weights == MIL_KAPPA_LINEAR ? d : d * d;
+            double row = 0, col = 0;
+            if (w == 0) continue;
+            for (int64_t k = 0; k < C; k++) {
+                row += (double)confusion[i * C + k];
+                col += (double)confusion[k * C + j];
+            }
+            seen += w * (double)confusion[i * C + j];
+            chance += w * row * col / n;
+        }
+    return chance > 0 ? 1 - seen / chance : MILI_METRIC_NAN;
+}
+
+MILI_FN mil_status mili_confusion_check(mil_context *ctx, const char *what, const int64_t *confusion, int64_t C,
+                                        double *value)
+{
+    int64_t n = 0;
+    mil_status status = mili_metric_sizes(ctx, what, confusion, confusion, value, C, C, 2);
+    for (int64_t i = 0; status == MIL_OK && i < C * C; i++) {
+        if (confusion[i] < 0 || confusion[i] > INT64_MAX - n)
+            return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: confusion[%lld, %lld] is %lld", what, (long long)(i / C),
+                             (long long)(i % C), (long long)confusion[i]);
+        n += confusion[i];
+    }
+    if (status == MIL_OK && n == 0) status = mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: the confusion matrix is empty", what);
+    return status;
+}
+
+MIL_API mil_status mil_metric_accuracy(mil_context *ctx, const int64_t *confusion, int64_t C, double *value)
+{
+    mil_status status = mili_confusion_check(ctx, "accuracy", confusion, C, value);
+    if (status == MIL_OK) *value = mili_accuracy(confusion, C);
+    return status;
+}
+
+MIL_API mil_status mil_metric_balanced_accuracy(mil_context *ctx, const int64_t *confusion, int64_t C, double *value)
+{
+    mil_status status = mili_confusion_check(ctx, "balanced accuracy", confusion, C, value);
+    if (status == MIL_OK) *value = mili_balanced_accuracy(confusion, C);
+    return status;
+}
+
+MIL_API mil_status mil_metric_precision(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
+                                        double *per_class, double *value)
+{
+    mil_status status = mili_confusion_check(ctx, "precision", confusion, C, value);
+    if (status == MIL_OK) *value = mili_class_mean(confusion, C, average, MILI_PRECISION, per_class);
+    return status;
+}
+
+MIL_API mil_status mil_metric_recall(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
+                                     double *per_class, double *value)
+{
+    mil_status status = mili_confusion_check(ctx, "recall", confusion, C, value);
+    if (status == MIL_OK) *value = mili_class_mean(confusion, C, average, MILI_RECALL, per_class);
+    return status;
+}
+
+MIL_API mil_status mil_metric_specificity(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
+                                          double *per_class, double *value)
+{
+    mil_status status = mili_confusion_check(ctx, "specificity", confusion, C, value);
+    if (status == MIL_OK) *value = mili_class_mean(confusion, C, average, MILI_SPECIFICITY, per_class);
+    return status;
+}
+
+MIL_API mil_status mil_metric_f1(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
+                                 double *per_class, double *value)
+{
+    mil_status status = mili_confusion_check(ctx, "f1", confusion, C, value);
+    if (status == MIL_OK) *value = mili_class_mean(confusion, C, average, MILI_F1, per_class);
+    return status;
+}
+
+MIL_API mil_status mil_metric_kappa(mil_context *ctx, const int64_t *confusion, int64_t C, mil_kappa_weights weights,
+                                    double *value)
+{
+    mil_status status = mili_confusion_check(ctx, "kappa", confusion, C, value);
+    if (status == MIL_OK) *value = mili_kappa(confusion, C, weights);
+    return status;
+}
+
+// ---- ranking ---------------------------------------------------------------------------------------
+// One column of scores, score i at s[i * stride], label `positive` against the rest; order [n] as mili_metric_sort gives it.
+
+typedef struct {
+    const double *s;
+    int64_t stride;
+    const int64_t *labels;                                 // [n]
+    int64_t positive;
+    const int64_t *order, *w;                              // [n] each; w NULL: each bag counts once
+    int64_t n;
+} mili_ranking;
+
+// Bags of one score, from order[*at] on; moves *at behind them by `step`, +1 up from 0 or -1 down from n - 1.
+MILI_FN void mili_ranking_next(const mili_ranking *r, int64_t *at, int64_t step, double *pos, double *neg)
+{
+    const double score = r->s[r->order[*at] * r->stride];
+    *pos = *neg = 0;
+    for (; *at >= 0 && *at < r->n && r->s[r->order[*at] * r->stride] == score; *at += step) {
+        const int64_t i = r->order[*at];
+        *(r->labels[i] == r->positive ? pos : neg) += r->w ? (double)r->w[i] : 1;
+    }
+}
+
+// Counts below 2^53 pairs are exact in double.
+MILI_FN double mili_auroc(const mili_ranking *r)
+{
+    double pos, neg, all_pos = 0, all_neg = 0, right = 0;
+    for (int64_t at = 0; at < r->n; all_pos += pos, all_neg += neg) {
+        mili_ranking_next(r, &at, 1, &pos, &neg);
+        right += pos * all_neg + 0.5 * pos * neg;
+    }
+    return all_pos > 0 && all_neg > 0 ? right / (all_pos * all_neg) : MILI_METRIC_NAN;
+}
+
+MILI_FN double mili_average_precision(const mili_ranking *r)
+{
+    double pos, neg, all_pos = 0, all_neg = 0, sum = 0;
+    for (int64_t at = r->n - 1; at >= 0; ) {
+        mili_ranking_next(r, &at, -1, &pos, &neg);
+        all_pos += pos;
+        all_neg += neg;
+        if (pos > 0) sum += pos * all_pos / (all_pos + all_neg);
+    }
+    return all_pos > 0 ? sum / all_pos : MILI_METRIC_NAN;
+}
+
+// Highest score from which on everything is called positive; J = tpr - fpr.
+MILI_FN double mili_youden(const mili_ranking *r, double *best_j)
+{
+    double pos, neg, all_pos = 0, all_neg = 0, tp = 0, fp = 0, threshold = HUGE_VAL, best = 0;
+    for (int64_t i = 0; i < r->n; i++) *(r->labels[i] == r->positive ? &all_pos : &all_neg) += 1;
+    *best_j = MILI_METRIC_NAN;
+    if (all_pos == 0 || all_neg == 0) return MILI_METRIC_NAN;
+    for (int64_t at = r->n - 1; at >= 0; ) {
+        const double score = r->s[r->order[at] * r->stride];
+        mili_ranking_next(r, &at, -1, &pos, &neg);
+        tp += pos;
+        fp += neg;
+        if (tp * all_neg - fp * all_pos > best) {          // J times both counts: exact
+            best = tp * all_neg - fp * all_pos;
+            threshold = score;
+        }
+    }
+    *best_j = best / (all_pos * all_neg);
+    return threshold;
+}
+
+enum { MILI_RANK_AUROC, MILI_RANK_AP, MILI_RANK_YOUDEN };
+
+// Each column of scores [n, C] against the rest; one column alone belongs to class 1.
+MILI_FN mil_status mili_rank_columns(mil_context *ctx, const char *what, int kind, const double *scores,
+                                     const int64_t *labels, int64_t n, int64_t C, mil_average average, double *per_class,
+                                     double *value, double *j)
+{
+    const int64_t classes = C < 2 ? 2 : C;
+    const size_t bytes = (size_t)n * sizeof(int64_t);
+    mili_mean mean = { 0, 0 };
+    int64_t *order, *spare;
+    mil_status status = mili_metric_labels(ctx, what, labels, n, classes);
+    if (status == MIL_OK) status = mili_metric_scores(ctx, what, scores, n, C, 0);
+    if (status != MIL_OK) return status;
+    order = (int64_t *)mili_alloc(ctx, bytes);
+    spare = order ? (int64_t *)mili_alloc(ctx, bytes) : NULL;
+    if (!order || !spare) {
+        mili_free(ctx, order, bytes);
+        return MIL_ERROR_NO_MEMORY;
+    }
+    for (int64_t c = 0; c < C; c++) {
+        mili_ranking r = { scores + c, C, labels, C < 2 ? 1 : c, order, NULL, n };
+        double v, support = 0, best_j = 0;
+        mili_metric_sort(r.s, r.stride, n, order, spare);
+        v = kind == MILI_RANK_AUROC ? mili_auroc(&r)
+          : kind == MILI_RANK_AP ? mili_average_precision(&r) : mili_youden(&r, &best_j);
+        for (int64_t i = 0; i < n; i++) support += labels[i] == r.positive;
+        if (per_class) per_class[c] = v;
+        if (kind == MILI_RANK_YOUDEN) {
+            *value = v;
+            if (j) *j = best_j;
+        }
+        mili_mean_add(&mean, v, average == MIL_AVERAGE_WEIGHTED ? support : 1);
+    }
+    if (kind != MILI_RANK_YOUDEN) *value = mili_mean_value(mean);
+    mili_free(ctx, spare, bytes);
+    mili_free(ctx, order, bytes);
+    return MIL_OK;
+}
+
+MIL_API mil_status mil_metric_auroc(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n, double *value)
+{
+    mil_status status = mili_metric_sizes(ctx, "auroc", scores, labels, value, n, 1, 1);
+    if (status != MIL_OK) return status;
+    return mili_rank_columns(ctx, "auroc", MILI_RANK_AUROC, scores, labels, n, 1, MIL_AVERAGE_MACRO, NULL, value, NULL);
+}
+
+MIL_API mil_status mil_metric_average_precision(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
+                                                double *value)
+{
+    mil_status status = mili_metric_sizes(ctx, "average precision", scores, labels, value, n, 1, 1);
+    if (status != MIL_OK) return status;
+    return mili_rank_columns(ctx, "average precision", MILI_RANK_AP, scores, labels, n, 1, MIL_AVERAGE_MACRO, NULL, value,
+                             NULL);
+}
+
+MIL_API mil_status mil_metric_auroc_ovr(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n, int64_t C,
+                                        mil_average average, double *per_class, double *value)
+{
+    mil_status status = mili_metric_sizes(ctx, "auroc", scores, labels, value, n, C, 2);
+    if (status != MIL_OK) return status;
+    return mili_rank_columns(ctx, "auroc", MILI_RANK_AUROC, scores, labels, n, C, average, per_class, value, NULL);
+}
+
+MIL_API mil_status mil_metric_average_precision_ovr(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
+                                                    int64_t C, mil_average average, double *per_class, double *value)
+{
+    mil_status status = mili_metric_sizes(ctx, "average precision", scores, labels, value, n, C, 2);
+    if (status != MIL_OK) return status;
+    return mili_rank_columns(ctx, "average precision", MILI_RANK_AP, scores, labels, n, C, average, per_class, value, NULL);
+}
+
+MIL_API mil_status mil_metric_youden(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
+                                     double *threshold, double *j)
+{
+    mil_status status = mili_metric_sizes(ctx, "youden", scores, labels, threshold, n, 1, 1);
+    if (status != MIL_OK) return status;
+    return mili_rank_columns(ctx, "youden", MILI_RANK_YOUDEN, scores, labels, n, 1, MIL_AVERAGE_MACRO, NULL, threshold, j);
+}
+
+// ---- calibration -----------------------------------------------------------------------------------
+
+// Squared error of one bag, p [C].
+MILI_FN double mili_brier(const double *p, int64_t C, int64_t label)
+{
+    double sum = 0;
+    for (int64_t c = 0; c < C; c++) {
+        const double d = p[c] - (C > 1 ? label == c : label == 1);
+        sum += d * d;
+    }
+    return C == 2 ? sum / 2 : sum;
+}
+
+MILI_FN double mili_log_loss(const double *p, int64_t C, int64_t label)
+{
+    const double q = mili_metric_probability(p, C, label), least = 2.220446049250313e-16;
+    return q >= 1 ? 0 : -log(q > least ? q : least);
+}
+
+// bin [3, bins]: bags, bags that are right, sum of the top probability. One bag, counted w times.
+MILI_FN void mili_ece_add(double *bin, int64_t bins, const double *p, int64_t C, int64_t label, int64_t predicted, double w)
+{
+    const double top = mili_metric_probability(p, C, predicted);
+    int64_t b = (int64_t)ceil(top * (double)bins) - 1;     // (lo, hi]
+    b = b < 0 ? 0 : b >= bins ? bins - 1 : b;
+    bin[b] += w;
+    bin[bins + b] += predicted == label ? w : 0;
+    bin[2 * bins + b] += w * top;
+}
+
+MILI_FN double mili_ece(const double *bin, int64_t bins)
+{
+    double n = 0, sum = 0;
+    for (int64_t b = 0; b < bins; b++) {
+        n += bin[b];
+        sum += fabs(bin[bins + b] - bin[2 * bins + b]);
+    }
+    return sum / n;
+}
+
+MILI_FN mil_status mili_calibration_check(mil_context *ctx, const char *what, const double *p, const int64_t *labels,
+                                          int64_t n, int64_t C, const double *value)
+{
+    mil_status status = mili_metric_sizes(ctx, what, p, labels, value, n, C, 1);
+    if (status == MIL_OK) status = mili_metric_labels(ctx, what, labels, n, C < 2 ? 2 : C);
+    if (status == MIL_OK) status = mili_metric_probabilities(ctx, what, p, n, C);
+    return status;
+}
+
+MIL_API mil_status mil_metric_brier(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+                                    int64_t C, double *value)
+{
+    double sum = 0;
+    mil_status status = mili_calibration_check(ctx, "brier", probabilities, labels, n, C, value);
+    if (status != MIL_OK) return status;
+    for (int64_t i = 0; i < n; i++) sum += mili_brier(probabilities + i * C, C, labels[i]);
+    *value = sum / (double)n;
+    return MIL_OK;
+}
+
+MIL_API mil_status mil_metric_log_loss(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+                                       int64_t C, double *value)
+{
+    double sum = 0;
+    mil_status status = mili_calibration_check(ctx, "log loss", probabilities, labels, n, C, value);
+    if (status != MIL_OK) return status;
+    for (int64_t i = 0; i < n; i++) sum += mili_log_loss(probabilities + i * C, C, labels[i]);
+    *value = sum / (double)n;
+    return MIL_OK;
+}
+
+MIL_API mil_status mil_metric_ece(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+                                  int64_t C, int64_t bins, double *value)
+{
+    double *bin;
+    size_t bytes = 0;
+    mil_status status = mili_calibration_check(ctx, "ece", probabilities, labels, n, C, value);
+    if (status != MIL_OK) return status;
+    if (bins < 1 || (uint64_t)bins > SIZE_MAX || !mili_mul_size((size_t)bins, 3 * sizeof(double), &bytes))
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "ece: %lld bins", (long long)bins);
+    bin = (double *)mili_alloc(ctx, bytes);
+    if (!bin) return MIL_ERROR_NO_MEMORY;
+    memset(bin, 0, bytes);
+    for (int64_t i = 0; i < n; i++) {
+        const double *p = probabilities + i * C;
+        mili_ece_add(bin, bins, p, C, labels[i], mili_metric_argmax(p, C), 1);
+    }
+    *value = mili_ece(bin, bins);
+    mili_free(ctx, bin, bytes);
+    return MIL_OK;
+}
+
+// Mean negative log-likelihood of softmax(beta z); by beta its slope mean(E_p[z] - z_y), its curvature mean(Var_p[z]) >= 0.
+MILI_FN double mili_temperature_nll(const double *logits, const int64_t *labels, int64_t n, int64_t C, double beta,
+                                    double *slope, double *curvature)
+{
+    double nll = 0, d1 = 0, d2 = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t width = C < 2 ? 2 : C;
+        double top = C < 2 ? 0 : logits[i * C], sum = 0, mean = 0, square = 0, own = 0;
+        for (int64_t c = 0; c < C; c++) top = logits[i * C + c] > top ? logits[i * C + c] : top;
+        for (int64_t c = 0; c < width; c++) {              // one logit z is the pair (0, z)
+            const double z = (C > 1 ? logits[i * C + c] : c ? logits[i] : 0) - top, e = exp(beta * z);
+            sum += e;
+            mean += e * z;
+            square += e * z * z;
+            if (c == labels[i]) own = z;
+        }
+        mean /= sum;
+        nll += log(sum) - beta * own;
+        d1 += mean - own;
+        d2 += square / sum - mean * mean;
+    }
+    *slope = d1 / (double)n;
+    *curvature = d2 / (double)n;
+    return nll / (double)n;
+}
+
+MIL_API mil_status mil_temperature_fit(mil_context *ctx, const double *logits, const int64_t *labels, int64_t n, int64_t C,
+                                       double *temperature, double *nll)
+{
+    double low = 0.01, high = 100, beta = 1, slope, edge, curvature, value;     // bracket of beta = 1 / T
+    mil_status status = mili_metric_sizes(ctx, "temperature", logits, labels, temperature, n, C, 1);
+    if (status == MIL_OK) status = mili_metric_labels(ctx, "temperature", labels, n, C < 2 ? 2 : C);
+    if (status == MIL_OK) status = mili_metric_scores(ctx, "temperature", logits, n, C, 1);
+    if (status != MIL_OK) return status;
+    mili_temperature_nll(logits, labels, n, C, beta, &slope, &curvature);
+    if (slope < 0) {
+        mili_temperature_nll(logits, labels, n, C, high, &edge, &curvature);
+        if (edge <= 0) beta = low = high;
+    } else {
+        mili_temperature_nll(logits, labels, n, C, low, &edge, &curvature);
+        if (edge >= 0 && slope > 0) beta = high = low;
+    }
+    for (int step = 0; step < 200 && low < high; step++) { // bisection alone would be done after 60
+        double next;
+        mili_temperature_nll(logits, labels, n, C, beta, &slope, &curvature);
+        if (slope == 0) break;
+        *(slope < 0 ? &low : &high) = beta;
+        next = beta - slope / curvature;
+        if (!(next > low && next < high)) next = sqrt(low * high);
+        if (!(fabs(next - beta) > 1e-14 * beta)) break;
+        beta = next;
+    }
+    value = mili_temperature_nll(logits, labels, n, C, beta, &slope, &curvature);
+    if (!(value - value == 0)) return mili_fail(ctx, MIL_ERROR_NUMERIC, "temperature: the logits are too large");
+    *temperature = 1 / beta;
+    if (nll) *nll = value;
+    return MIL_OK;
+}
+
+// ---- survival --------------------------------------------------------------------------------------
+// A Fenwick tree over the bags in order of risk counts those that outlive the one in hand, which makes n^2 pairs n log n.
+// Bags enter from the latest time to the earliest; at equal times the censored ones first, then the events ask, then enter.
+
+// work [4, n]
+MILI_FN void mili_cindex(const double *risk, const double *times, const int64_t *events, int64_t n, double tolerance,
+                         int64_t *work, mil_cindex *out)
+{
+    int64_t *by_time = work, *by_risk = work + n, *rank = work + 2 * n, *tree = work + 3 * n;
+    double pairs;
+    mil_cindex r = { 0, 0, 0, 0, 0 };
+    mili_metric_sort(times, 1, n, by_time, tree);
+    mili_metric_sort(risk, 1, n, by_risk, tree);
+    for (int64_t i = 0; i < n; i++) {
+        rank[by_risk[i]] = i;
+        tree[i] = 0;
+    }
+    for (int64_t end = n - 1, start, entered = 0; end >= 0; end = start) {
+        int64_t censored = 0;
+        for (start = end; start >= 0 && times[by_time[start]] == times[by_time[end]]; start--) {}
+        for (int pass = 0; pass < 3; pass++)               // censored enter, events ask, events enter
+            for (int64_t k = start + 1; k <= end; k++) {
+                const int64_t i = by_time[k];
+                if (events[i] != (pass > 0)) continue;
+                if (pass != 1) {
+                    for (int64_t t = rank[i] + 1; t <= n; t += t & -t) tree[t - 1]++;
+                    entered++;
+                    censored += pass == 0;
+                } else {
+                    int64_t below[2] = { 0, 0 };           // bags entered below i's ties, and below or tied
+                    for (int side = 0; side < 2; side++) {
+                        int64_t lo = 0, hi = n;
+                        while (lo < hi) {
+                            const int64_t mid = lo + (hi - lo) / 2;
+                            const double d = risk[by_risk[mid]] - risk[i];
+                            if (side == 0 ? d < -tolerance : d <= tolerance) lo = mid + 1;
+                            else hi = mid;
+                        }
+                        for (int64_t t = lo; t > 0; t -= t & -t) below[side] += tree[t - 1];
+                    }
+                    r.concordant += below[0];
+                    r.tied_risk += below[1] - below[0];
+                    r.discordant += entered - below[1];
+                    r.tied_time += censored;
+                }
+            }
+    }
+    pairs = (double)r.concordant + (double)r.discordant + (double)r.tied_risk;
+    r.value = pairs > 0 ? ((double)r.concordant + 0.5 * (double)r.tied_risk) / pairs : MILI_METRIC_NAN;
+    *out = r;
+}
+
+MILI_FN mil_status mili_cindex_check(mil_context *ctx, const double *risk, const double *times, const int64_t *events,
+                                     int64_t n, double tolerance, const void *out)
+{
+    mil_status status = mili_metric_sizes(ctx, "c-index", risk, times, out, n, 1, 1);
+    if (status == MIL_OK && !events) status = mili_fail(ctx, MIL_ERROR_ARGUMENT, "c-index: a NULL array or result");
+    if (status == MIL_OK && !(tolerance >= 0 && tolerance < HUGE_VAL))
+        status = mili_fail(ctx, MIL_ERROR_ARGUMENT, "c-index: tolerance %g", tolerance);
+    if (status == MIL_OK) status = mili_metric_scores(ctx, "c-index: risk", risk, n, 1, 1);
+    if (status == MIL_OK) status = mili_metric_scores(ctx, "c-index: times", times, n, 1, 1);
+    if (status == MIL_OK) status = mili_metric_labels(ctx, "c-index: events", events, n, 2);
+    return status;
+}
+
+MIL_API mil_status mil_metric_cindex(mil_context *ctx, const double *risk, const double *times, const int64_t *events,
+                                     int64_t n, double tolerance, mil_cindex *out)
+{
+    const size_t bytes = 4 * (size_t)n * sizeof(int64_t);
+    int64_t *work;
+    mil_status status = mili_cindex_check(ctx, risk, times, events, n, tolerance, out);
+    if (status != MIL_OK) return status;
+    work = (int64_t *)mili_alloc(ctx, bytes);
+    if (!work) return MIL_ERROR_NO_MEMORY;
+    mili_cindex(risk, times, events, n, tolerance, work, out);
+    mili_free(ctx, work, bytes);
+    return MIL_OK;
+}
+
+// ---- everything at once ----------------------------------------------------------------------------
+
+enum { MILI_METRICS_ECE_BINS = 15 };
+
+typedef struct {
+    const double *p;                                       // [n, C]
+    const int64_t *labels;                                 // [n]
+    int64_t n, C, classes;                                 // classes: C, or 2 when C = 1
+    int64_t ranked;                                        // columns ranked: class 1 alone for two classes, else all
+    int64_t *order;                                        // [ranked, n]
+    int64_t *predicted;                                    // [n]
+    int64_t *confusion;                                    // [classes, classes]
+    int64_t *block;                                        // the one allocation that holds them
+    size_t bytes;
+} mili_metric_set;
+
+MILI_FN void mili_metric_set_close(mil_context *ctx, mili_metric_set *set) { mili_free(ctx, set->block, set->bytes); }
+
+MILI_FN mil_status mili_metric_set_open(mil_context *ctx, const double *p, const int64_t *labels, int64_t n, int64_t C,
+                                        const void *out, mili_metric_set *set)
+{
+    size_t cells, squares;
+    mil_status status = mili_metric_sizes(ctx, "metrics", p, labels, out, n, C, 1);
+    if (status == MIL_OK) status = mili_metric_labels(ctx, "metrics", labels, n, C < 2 ? 2 : C);
+    if (status == MIL_OK) status = mili_metric_probabilities(ctx, "metrics", p, n, C);
+    if (status != MIL_OK) return status;
+    set->p = p;
+    set->labels = labels;
+    set->n = n;
+    set->C = C;
+    set->classes = C < 2 ? 2 : C;
+    set->ranked = C > 2 ? C : 1;
+    if (!mili_mul_size((size_t)n, (size_t)set->ranked + 2, &cells) ||
+        !mili_mul_size((size_t)set->classes, (size_t)set->classes, &squares) || !mili_add_size(cells, squares, &cells) ||
+        !mili_mul_size(cells, sizeof(int64_t), &set->bytes))
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "metrics: [%lld, %lld] is too large", (long long)n, (long long)C);
+    set->block = (int64_t *)mili_alloc(ctx, set->bytes);
+    if (!set->block) return MIL_ERROR_NO_MEMORY;
+    set->order = set->block;
+    set->predicted = set->order + set->ranked * n;
+    set->confusion = set->predicted + 2 * n;
+    for (int64_t c = 0; c < set->ranked; c++)
+        mili_metric_sort(p + (C == 2 ? 1 : c), C, n, set->order + c * n, set->predicted + n);
+    for (int64_t i = 0; i < n; i++) set->predicted[i] = mili_metric_argmax(p + i * C, C);
+    return MIL_OK;
+}
+
+// All metrics with bag i counted w[i] times; w NULL: once.
+MILI_FN void mili_metric_set_value(const mili_metric_set *set, const int64_t *w, mil_metrics *m)
+{
+    const int64_t n = set->n, C = set->C, classes = set->classes, *confusion = set->confusion;
+    mili_mean auroc = { 0, 0 }, auroc_weighted = { 0, 0 }, ap = { 0, 0 };
+    double bin[3 * MILI_METRICS_ECE_BINS] = { 0 }, brier = 0, log_loss = 0, total = 0;
+
+    mili_confusion(set->predicted, set->labels, w, n, classes, set->confusion);
+    m->count = 0;
+    m->class_count = classes;
+    m->absent_count = 0;
+    for (int64_t t = 0; t < classes; t++) {
+        int64_t row = 0;
+        for (int64_t c = 0; c < classes; c++) row += confusion[t * classes + c];
+        m->count += row;
+        m->absent_count += row == 0;
+    }
+    m->accuracy = mili_accuracy(confusion, classes);
+    m->balanced_accuracy = mili_balanced_accuracy(confusion, classes);
+    m->f1_macro = mili_class_mean(confusion, classes, MIL_AVERAGE_MACRO, MILI_F1, NULL);
+    m->f1_weighted = mili_class_mean(confusion, classes, MIL_AVERAGE_WEIGHTED, MILI_F1, NULL);
+    m->precision_macro = mili_class_mean(confusion, classes, MIL_AVERAGE_MACRO, MILI_PRECISION, NULL);
+    m->recall_macro = mili_class_mean(confusion, classes, MIL_AVERAGE_MACRO, MILI_RECALL, NULL);
+    m->specificity_macro = mili_class_mean(confusion, classes, MIL_AVERAGE_MACRO, MILI_SPECIFICITY, NULL);
+    m->f1 = m->precision = m->sensitivity = m->specificity = MILI_METRIC_NAN;
+    if (classes == 2) {
+        const mili_counts k = mili_counts_of(confusion, 2, 1);
+        m->f1 = mili_class_value(k, MILI_F1);
+        m->precision = mili_class_value(k, MILI_PRECISION);
+        m->sensitivity = mili_class_value(k, MILI_RECALL);
+        m->specificity = mili_class_value(mili_counts_of(confusion, 2, 0), MILI_RECALL);
+    }
+    m->kappa = mili_kappa(confusion, classes, MIL_KAPPA_UNWEIGHTED);
+    m->kappa_linear = mili_kappa(confusion, classes, MIL_KAPPA_LINEAR);
+    m->kappa_quadratic = mili_kappa(confusion, classes, MIL_KAPPA_QUADRATIC);
+
+    for (int64_t c = 0; c < set->ranked; c++) {
+        const mili_ranking r = { set->p + (C == 2 ? 1 : c), C, set->labels, C > 2 ? c : 1, set->order + c * n, w, n };
+        const mili_counts k = mili_counts_of(confusion, classes, r.positive);
+        const double area = mili_auroc(&r);
+        mili_mean_add(&auroc, area, 1);
+        mili_mean_add(&auroc_weighted, area, k.tp + k.fn);
+        mili_mean_add(&ap, mili_average_precision(&r), 1);
+    }
+    m->auroc = mili_mean_value(auroc);
+    m->auroc_weighted = mili_mean_value(auroc_weighted);
+    m->average_precision = mili_mean_value(ap);
+
+    for (int64_t i = 0; i < n; i++) {
+        const double *p = set->p + i * C, count = w ? (double)w[i] : 1;
+        if (count == 0) continue;
+        total += count;
+        brier += count * mili_brier(p, C, set->labels[i]);
+        log_loss += count * mili_log_loss(p, C, set->labels[i]);
+        mili_ece_add(bin, MILI_METRICS_ECE_BINS, p, C, set->labels[i], set->predicted[i], count);
+    }
+    m->brier = brier / total;
+    m->log_loss = log_loss / total;
+    m->ece = mili_ece(bin, MILI_METRICS_ECE_BINS);
+}
+
+MIL_API mil_status mil_metrics_compute(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+                                       int64_t C, mil_metrics *out)
+{
+    mili_metric_set set;
+    mil_status status = mili_metric_set_open(ctx, probabilities, labels, n, C, out, &set);
+    if (status != MIL_OK) return status;
+    mili_metric_set_value(&set, NULL, out);
+    mili_metric_set_close(ctx, &set);
+    return MIL_OK;
+}
+
+// ---- bootstrap -------------------------------------------------------------------------------------
+
+MIL_API mil_bootstrap_options mil_bootstrap_default(void)
+{
+    mil_bootstrap_options o;
+    o.resamples = 1000;
+    o.confidence = 0.95;
+    o.seed = 0;
+    o.stratify = MIL_STRATIFY_NEEDED;
+    o.indices = NULL;
+    return o;
+}
+
+typedef struct {
+    mil_bootstrap_options o;
+    int64_t n, classes, metrics;                           // metrics: values per resample
+    int64_t *draw;                                         // [n] indices
+    int64_t *counts;                                       // [n] how often each bag was drawn
+    int64_t *member;                                       // [n] the bags class by class
+    int64_t *start;                                        // [classes + 1] where each class begins in member
+    int64_t *seen;                                         // [classes]
+    int64_t *order, *spare;                                // [resamples] each, to sort values
+    double *values;                                        // [metrics, resamples]
+    int64_t *block;
+    size_t bytes;
+    int64_t stratified;
+} mili_resampler;
+
+// Counter-based: the k-th number of a stream depends on (key, k) alone. Source: splitmix64, Steele, Lea, Flood 2014.
+MILI_FN uint64_t mili_bootstrap_mix(uint64_t x)
+{
+    x = (x ^ (x >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
+    x = (x ^ (x >> 27)) * UINT64_C(0x94D049BB133111EB);
+    return x ^ (x >> 31);
+}
+
+// 0 <= result < count
+MILI_FN int64_t mili_bootstrap_index(uint64_t key, uint64_t counter, int64_t count)
+{
+    const uint64_t x = mili_bootstrap_mix(key + (counter + 1) * UINT64_C(0x9E3779B97F4A7C15));
+    const int64_t i = (int64_t)((double)(x >> 11) * (1.0 / 9007199254740992.0) * (double)count);
+    return i < count ? i : count - 1;
+}
+
+MILI_FN void mili_bootstrap_close(mil_context *ctx, mili_resampler *b) { mili_free(ctx, b->block, b->bytes); }
+
+// labels NULL: one class. The labels are already known to lie in 0..classes-1.
+MILI_FN mil_status mili_bootstrap_open(mil_context *ctx, const mil_bootstrap_options *options, const int64_t *labels,
+                                       int64_t n, int64_t classes, int64_t metrics, mili_resampler *b)
+{
+    size_t cells, values;
+    b->o = options ? *options : mil_bootstrap_default();
+    b->n = n;
+    b->classes = classes;
+    b->metrics = metrics;
+    b->stratified = 0;
+    if (b->o.resamples < 2)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "bootstrap: %lld resamples, at least 2 needed", (long long)b->o.resamples);
+    if (!(b->o.confidence > 0 && b->o.confidence < 1))
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "bootstrap: confidence %g is not between 0 and 1", b->o.confidence);
+    if ((int)b->o.stratify < 0 || (int)b->o.stratify > (int)MIL_STRATIFY_NEVER)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "bootstrap: stratify %d does not exist", (int)b->o.stratify);
+    if ((uint64_t)b->o.resamples > SIZE_MAX || !mili_mul_size((size_t)b->o.resamples, (size_t)metrics + 2, &values) ||
+        !mili_mul_size((size_t)n, 3, &cells) || !mili_add_size(cells, 2 * (size_t)classes + 1, &cells) ||
+        !mili_add_size(cells, values, &cells) || !mili_mul_size(cells, sizeof(int64_t), &b->bytes))
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "bootstrap: %lld resamples of %lld are too many",
+                         (long long)b->o.resamples, (long long)n);
+    if (b->o.indices)
+        for (int64_t r = 0; r < b->o.resamples; r++) {
+            mil_status status = mili_metric_labels(ctx, "bootstrap: indices", b->o.indices + r * n, n, n);
+            if (status != MIL_OK) return status;
+        }
+    b->block = (int64_t *)mili_alloc(ctx, b->bytes);
+    if (!b->block) return MIL_ERROR_NO_MEMORY;
+    b->values = (double *)b->block;                        // int64_t and double are of one size: one block holds both
+    b->order = b->block + metrics * b->o.resamples;
+    b->spare = b->order + b->o.resamples;
+    b->draw = b->spare + b->o.resamples;
+    b->counts = b->draw + n;
+    b->member = b->counts + n;
+    b->start = b->member + n;
+    b->seen = b->start + classes + 1;
+    for (int64_t c = 0; c <= classes; c++) b->start[c] = 0;
+    for (int64_t i = 0; i < n; i++) b->start[(labels ? labels[i] : 0) + 1]++;
+    for (int64_t c = 0; c < classes; c++) {
+        b->start[c + 1] += b->start[c];
+        b->seen[c] = b->start[c];
+    }
+    for (int64_t i = 0; i < n; i++) b->member[b->seen[labels ? labels[i] : 0]++] = i;
+    return MIL_OK;
+}
+
+// draw [n]: the indices of resample r.
+MILI_FN const int64_t *mili_bootstrap_draw(mili_resampler *b, const int64_t *labels, int64_t r)
+{
+    const uint64_t key = mili_bootstrap_mix(b->o.seed ^ UINT64_C(0x6D696C2E626F6F74));    // "mil.boot"
+    const uint64_t at = (uint64_t)r * (uint64_t)b->n;
+    int lost = 0;
+    if (b->o.indices) return b->o.indices + r * b->n;
+    if (b->o.stratify != MIL_STRATIFY_ALWAYS) {
+        for (int64_t c = 0; c < b->classes; c++) b->seen[c] = 0;
+        for (int64_t i = 0; i < b->n; i++) {
+            b->draw[i] = mili_bootstrap_index(key, at + (uint64_t)i, b->n);
+            b->seen[labels ? labels[b->draw[i]] : 0]++;
+        }
+        for (int64_t c = 0; c < b->classes; c++) lost |= b->seen[c] == 0 && b->start[c + 1] > b->start[c];
+        if (!lost || b->o.stratify == MIL_STRATIFY_NEVER) return b->draw;
+    }
+    b->stratified++;
+    for (int64_t c = 0; c < b->classes; c++)
+        for (int64_t i = b->start[c]; i < b->start[c + 1]; i++) {
+            const int64_t k = mili_bootstrap_index(~key, at + (uint64_t)i, b->start[c + 1] - b->start[c]);
+            b->draw[i] = b->member[b->start[c] + k];
+        }
+    return b->draw;
+}
+
+// counts [n]: how often resample r has each bag.
+MILI_FN const int64_t *mili_bootstrap_counts(mili_resampler *b, const int64_t *labels, int64_t r)
+{
+    const int64_t *draw = mili_bootstrap_draw(b, labels, r);
+    for (int64_t i = 0; i < b->n; i++) b->counts[i] = 0;
+    for (int64_t i = 0; i < b->n; i++) b->counts[draw[i]]++;
+    return b->counts;
+}
+
+// The interval of metric k from its values [resamples], which are sorted and packed on the way.
+MILI_FN void mili_bootstrap_interval(mili_resampler *b, int64_t k, double value, mil_interval *out)
+{
+    double *v = b->values + k * b->o.resamples, sum = 0, square = 0, edge[2];
+    int64_t n = 0;
+    for (int64_t r = 0; r < b->o.resamples; r++)
+        if (v[r] == v[r]) v[n++] = v[r];
+    mili_metric_sort(v, 1, n, b->order, b->spare);
+    for (int64_t i = 0; i < n; i++) sum += v[i];
+    for (int64_t i = 0; i < n; i++) square += (v[i] - sum / (double)n) * (v[i] - sum / (double)n);
+    for (int side = 0; side < 2; side++) {
+        const double q = side ? (1 + b->o.confidence) / 2 : (1 - b->o.confidence) / 2, place = q * (double)(n - 1);
+        int64_t lo = (int64_t)place;
+        if (n == 0) {
+            edge[side] = MILI_METRIC_NAN;
+            continue;
+        }
+        if (lo > n - 2) lo = n > 1 ? n - 2 : 0;
+        edge[side] = v[b->order[lo]];
+        if (n > 1 && v[b->order[lo + 1]] != edge[side])    // equal neighbours, infinite ones too, stay as they are
+            edge[side] += (place - (double)lo) * (v[b->order[lo + 1]] - edge[side]);
+    }
+    out->value = value;
+    out->mean = n > 0 ? sum / (double)n : MILI_METRIC_NAN;
+    out->std = n > 1 ? sqrt(square / (double)(n - 1)) : MILI_METRIC_NAN;
+    out->low = edge[0];
+    out->high = edge[1];
+    out->resamples = n;
+    out->stratified = b->stratified;
+}
+
+MIL_API mil_status mil_bootstrap(mil_context *ctx, mil_metric_function metric, void *user, const int64_t *labels, int64_t n,
+                                 int64_t C, const mil_bootstrap_options *options, mil_interval *out)
+{
+    mili_resampler b;
+    double value = 0;
+    const int64_t classes = labels ? C : 1;
+    mil_status status = mili_metric_sizes(ctx, "bootstrap", out, out, out, n, classes, 1);
+    if (status == MIL_OK && !metric) status = mili_fail(ctx, MIL_ERROR_ARGUMENT, "bootstrap: no metric");
+    if (status == MIL_OK && labels) status = mili_metric_labels(ctx, "bootstrap", labels, n, classes);
+    if (status == MIL_OK) status = mili_bootstrap_open(ctx, options, labels, n, classes, 1, &b);
+    if (status != MIL_OK) return status;
+    for (int64_t i = 0; i < n; i++) b.counts[i] = i;
+    status = metric(ctx, user, b.counts, n, &value);
+    for (int64_t r = 0; status == MIL_OK && r < b.o.resamples; r++) {
+        b.values[r] = MILI_METRIC_NAN;
+        status = metric(ctx, user, mili_bootstrap_draw(&b, labels, r), n, &b.values[r]);
+    }
+    if (status == MIL_OK) mili_bootstrap_interval(&b, 0, value, out);
+    mili_bootstrap_close(ctx, &b);
+    return status;
+}
+
+MIL_API mil_status mil_metrics_bootstrap(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+                                         int64_t C, const mil_bootstrap_options *options, mil_interval *out)
+{
+    mili_metric_set set;
+    mili_resampler b;
+    mil_metrics m;
+    mil_status status = mili_metric_set_open(ctx, probabilities, labels, n, C, out, &set);
+    if (status != MIL_OK) return status;
+    status = mili_bootstrap_open(ctx, options, labels, n, set.classes, MIL_METRIC_COUNT, &b);
+    if (status == MIL_OK) {
+        for (int64_t r = 0; r < b.o.resamples; r++) {
+            mili_metric_set_value(&set, mili_bootstrap_counts(&b, labels, r), &m);
+            for (int k = 0; k < (int)MIL_METRIC_COUNT; k++)
+                b.values[k * b.o.resamples + r] = mil_metric_value(&m, (mil_metric)k);
+        }
+        mili_metric_set_value(&set, NULL, &m);
+        for (int k = 0; k < (int)MIL_METRIC_COUNT; k++)
+            mili_bootstrap_interval(&b, k, mil_metric_value(&m, (mil_metric)k), out + k);
+        mili_bootstrap_close(ctx, &b);
+    }
+    mili_metric_set_close(ctx, &set);
+    return status;
+}
+
+typedef struct {
+    const double *risk, *times;                            // [n] each
+    const int64_t *events;                                 // [n]
+    double tolerance;
+    double *drawn;                                         // [2, n] risk and times of a resample
+    int64_t *drawn_events;                                 // [5, n] its events, then room for mili_cindex
+} mili_cindex_user;
+
+MILI_FN mil_status mili_cindex_drawn(mil_context *ctx, void *user, const int64_t *indices, int64_t n, double *value)
+{
+    const mili_cindex_user *u = (const mili_cindex_user *)user;
+    mil_cindex c;
+    (void)ctx;
+    for (int64_t i = 0; i < n; i++) {
+        u->drawn[i] = u->risk[indices[i]];
+        u->drawn[n + i] = u->times[indices[i]];
+        u->drawn_events[i] = u->events[indices[i]];
+    }
+    mili_cindex(u->drawn, u->drawn + n, u->drawn_events, n, u->tolerance, u->drawn_events + n, &c);
+    *value = c.value;
+    return MIL_OK;
+}
+
+MIL_API mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, const double *times, const int64_t *events,
+                                        int64_t n, double tolerance, const mil_bootstrap_options *options, mil_interval *out)
+{
+    mili_cindex_user u;
+    const size_t bytes = 7 * (size_t)n * sizeof(double);
+    mil_status status = mili_cindex_check(ctx, risk, times, events, n, tolerance, out);
+    if (status != MIL_OK) return status;
+    u.risk = risk;
+    u.times = times;
+    u.events = events;
+    u.tolerance = tolerance;
+    u.drawn = (double *)mili_alloc(ctx, bytes);            // [2, n] double, then [5, n] int64_t
+    if (!u.drawn) return MIL_ERROR_NO_MEMORY;
+    u.drawn_events = (int64_t *)(u.drawn + 2 * n);
+    status = mil_bootstrap(ctx, mili_cindex_drawn, &u, events, n, 2, options, out);
+    mili_free(ctx, u.drawn, bytes);
+    return status;
+}
+
+#endif // MIL_IMPLEMENTATION
+
+// MIT License
+//
+// Copyright (c) 2026 The mil.h authors
+//
+// Permission is hereby granted, free of charge, to any person obtaining a copy
+// of this software and associated documentation files (the "Software"), to deal
+// in the Software without restriction, including without limitation the rights
+// to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+// copies of the Software, and to permit persons to whom the Software is
+// furnished to do so, subject to the following conditions:
+//
+// The above copyright notice and this permission notice shall be included in all
+// copies or substantial portions of the Software.
+//
+// THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+// IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+// FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+// AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+// LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+// OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+// SOFTWARE.
