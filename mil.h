@@ -323,6 +323,7 @@ typedef enum mil_tape_option {
     MIL_TAPE_NO_REUSE,       // every value has memory of its own, none is shared (to check the planner): 0 or 1
     MIL_TAPE_POISON,         // dead buffers are filled with NaN: 0 or 1
     MIL_TAPE_NO_GROUPS,      // no row streaming: 0 or 1
+    MIL_TAPE_INPUT_GRADS,    // the features of recorded bags want a gradient: 0 or 1
     MIL_TAPE_RECOMPUTE       // the backward pass recomputes row-wise values instead of storing them: 0 or 1
 } mil_tape_option;
 MIL_API void mil_tape_set(mil_tape *tape, mil_tape_option option, int value);
@@ -376,6 +377,7 @@ MIL_API mil_node *mil_mask_fill(mil_node *x, mil_node *mask, double value);
 
 // Shapes. A reshape copies nothing.
 MIL_API mil_node *mil_reshape(mil_node *x, int rank, const int64_t *shape);          // one length may be -1
+MIL_API mil_node *mil_squeeze(mil_node *x, int axis);                                // drops an axis of length 1
 MIL_API mil_node *mil_permute(mil_node *x, const int *axes);                         // y's axis i is x's axis axes[i]
 MIL_API mil_node *mil_transpose(mil_node *x);                                        // swaps the last two axes
 MIL_API mil_node *mil_concat(mil_node *const *x, int count, int axis);
@@ -432,8 +434,18 @@ MIL_API void mil_update(mil_param *param, mil_node *value);
 
 typedef struct mil_builder mil_builder;                    // what a model is declared with
 
-// How a parameter starts. `a`: the bound of uniform, the deviation of normal, the value of constant.
-typedef enum mil_init_kind { MIL_INIT_CONSTANT, MIL_INIT_UNIFORM, MIL_INIT_NORMAL } mil_init_kind;
+// Activations by name.
+typedef enum mil_activation { MIL_ACT_NONE, MIL_ACT_RELU, MIL_ACT_LEAKY_RELU, MIL_ACT_GELU, MIL_ACT_SILU, MIL_ACT_TANH, MIL_ACT_SIGMOID, MIL_ACT_COUNT } mil_activation;
+MIL_API mil_node *mil_activate(mil_node *x, mil_activation activation);
+
+// Lists among options.
+#define MIL_OPTION_TEXT_SIZE 32
+#define MIL_OPTION_LIST_SIZE 16
+typedef struct mil_int_list { int count; int64_t value[MIL_OPTION_LIST_SIZE]; } mil_int_list;
+typedef struct mil_text_list { int count; char value[MIL_OPTION_LIST_SIZE][MIL_OPTION_TEXT_SIZE]; } mil_text_list;
+
+// How a parameter starts. `a`: the bound of uniform, the deviation of normal, the value of constant, the first of a range (a, a+1, ...).
+typedef enum mil_init_kind { MIL_INIT_CONSTANT, MIL_INIT_UNIFORM, MIL_INIT_NORMAL, MIL_INIT_RANGE } mil_init_kind;
 typedef struct mil_init { mil_init_kind kind; double a; } mil_init;
 
 // Declares one parameter. key: printf-like, appended to the scopes pushed so far ("blocks.0" + "." + key).
@@ -472,9 +484,17 @@ MIL_API mil_node *mil_patch_mlp_forward(const mil_patch_mlp *layer, mil_node *x)
 //   plain (eq. 8):  s = w tanh(V h)            keys `module.0`, `module.3`
 //   gated (eq. 9):  s = w (tanh(V h) * sigmoid(U h))    keys `attention_a.0`, `attention_b.0`, `attention_c`
 // h [.., E] -> [.., K]. V, U [A, E], w [K, A].
-typedef struct mil_attention_scorer { mil_linear_layer V, U, w; int gated; double dropout; } mil_attention_scorer;
+typedef struct mil_attention_scorer { mil_linear_layer V, U, w; int gated; mil_activation activation; double dropout; } mil_attention_scorer;
 MIL_API mil_attention_scorer mil_declare_attention_scorer(mil_builder *b, int64_t in, int64_t width, int64_t heads, int gated, double dropout, const char *key);
 MIL_API mil_node *mil_attention_scores(const mil_attention_scorer *layer, mil_node *h);
+// The same with torchmil's keys `fc1.module`, `fc_gated.module`, `fc2` (without bias) and a choice of activation in place of tanh.
+MIL_API mil_attention_scorer mil_declare_attention_pool(mil_builder *b, int64_t in, int64_t width, mil_activation activation, int gated, const char *key);
+
+// An MLP given by lists of widths and activations (torchmil's MLP). Keys `key.i`, i counting linear layers and activations.
+// An activation is known by the part relu, sigmoid or tanh in its name; any other is none. Returns the last width.
+typedef struct mil_mlp { mil_linear_layer linear[MIL_OPTION_LIST_SIZE]; mil_activation activation[MIL_OPTION_LIST_SIZE]; int layers; } mil_mlp;
+MIL_API int64_t mil_declare_mlp(mil_builder *b, int64_t in, const mil_int_list *sizes, const mil_text_list *activations, mil_mlp *out, const char *key);
+MIL_API mil_node *mil_mlp_forward(const mil_mlp *layer, mil_node *x);
 
 // ==== >>models: create by name, parameters, load and save =========================================================
 
@@ -572,10 +592,6 @@ typedef enum mil_option_type {
     MIL_OPTION_INTS,         // mil_int_list: "[1,2,3]" or "null"
     MIL_OPTION_TEXTS         // mil_text_list
 } mil_option_type;
-#define MIL_OPTION_TEXT_SIZE 32
-#define MIL_OPTION_LIST_SIZE 16
-typedef struct mil_int_list { int count; int64_t value[MIL_OPTION_LIST_SIZE]; } mil_int_list;
-typedef struct mil_text_list { int count; char value[MIL_OPTION_LIST_SIZE][MIL_OPTION_TEXT_SIZE]; } mil_text_list;
 
 typedef struct mil_option {
     const char     *name;
@@ -629,6 +645,7 @@ MIL_API mil_target mil_target_value(double value);                              
 
 #define MIL_MAX_OUTPUTS 32
 typedef struct mil_outputs {
+    mil_node *features;                                   // the input itself, [B, N, D]
     mil_node *logits;                                     // [B, C]
     mil_node *loss;                                       // one element; NULL without a target
     mil_node *attention;                                  // in the reference's shape, as it returns it; NULL when the model has none
@@ -3104,6 +3121,7 @@ MILI_FN void mili_convert(const mili_kernels *K, mil_real *dst, const void *src,
     case MIL_BOOL:
         for (int64_t i = 0; i < n; i++) dst[i] = s[i] != 0;
         break;
+    case MIL_DTYPE_COUNT: break;
     }
 }
 
@@ -3300,7 +3318,7 @@ typedef struct mili_plan_node {
     int64_t   row_base;                                    // a streamed input: the row that data points to
 } mili_plan_node;
 
-MIL_PRINTF(3, 4) MIL_DEF mil_node *mil_tape_fail(mil_tape *tape, mil_status status, const char *format, ...)
+MIL_DEF mil_node *mil_tape_fail(mil_tape *tape, mil_status status, const char *format, ...)
 {
     if (!tape || tape->status != MIL_OK) return NULL;
     tape->status = status;
@@ -4043,7 +4061,7 @@ MILI_FN mil_status mili_plan_slot(mil_tape *tape, mili_step *step, mili_span *sp
         mil_node *n = step->node[k];
         row += mili_row_bytes(n);
         if (n->op->scratch) step->scratch_bytes = MILI_MAX(step->scratch_bytes, mili_align_up(n->op->scratch(n)));
-        if (n->plan->deferred) step->wave_rows = MILI_MIN(step->rows, MILI_WAVE_ROWS);
+        if (n->plan->deferred) step->wave_rows = MILI_MIN(step->rows, (int64_t)MILI_WAVE_ROWS);
     }
     step->tile_rows = MILI_TILE_ROWS;
     while (step->tile_rows > 8 && row > MILI_TILE_BYTES / (size_t)step->tile_rows) step->tile_rows /= 2;
@@ -5215,6 +5233,17 @@ MIL_DEF mil_node *mil_reshape(mil_node *x, int rank, const int64_t *shape)
     return same ? x : mili_view(x, &mili_op_reshape, rank, to);
 }
 
+MIL_DEF mil_node *mil_squeeze(mil_node *x, int axis)
+{
+    if (!x) return NULL;
+    const int a = mili_axis(x, axis, "squeeze");
+    if (a < 0) return NULL;
+    if (x->shape[a] != 1) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "squeeze: axis %d of %s is not 1", a, MILI_SHAPE(x));
+    int64_t shape[MIL_MAX_RANK];
+    for (int i = 0; i < x->rank - 1; i++) shape[i] = x->shape[i < a ? i : i + 1];
+    return mil_reshape(x, x->rank - 1, shape);
+}
+
 MIL_DEF mil_node *mil_detach(mil_node *x)
 {
     x = mili_real(x);
@@ -5971,7 +6000,7 @@ MILI_FN void mili_matmul_task(void *arg, int64_t index, void *scratch)
     const int64_t batch = index / s.blocks, row = index % s.blocks * MILI_MATMUL_BLOCK;
     mili_gemm g;
     memset(&g, 0, sizeof g);
-    g.m = MILI_MIN(MILI_MATMUL_BLOCK, s.n - row);
+    g.m = MILI_MIN((int64_t)MILI_MATMUL_BLOCK, s.n - row);
     g.n = s.m;
     g.k = s.k;
     g.a_row = c->i[0] ? 1 : a->cols;
@@ -6475,6 +6504,166 @@ MIL_DEF mil_node *mil_dropout(mil_node *x, double rate, const char *name)
 }
 
 // ==== >>layer-code: layers ========================================================================================
+
+// What a model is declared with: the model under construction and the scopes pushed so far.
+struct mil_builder {
+    mil_model *model;
+    char       scope[128];
+    mil_status status;
+};
+
+// ---- activations by name ----
+MIL_DEF mil_node *mil_activate(mil_node *x, mil_activation activation)
+{
+    switch (activation) {
+    case MIL_ACT_NONE:       return x;
+    case MIL_ACT_RELU:       return mil_relu(x);
+    case MIL_ACT_LEAKY_RELU: return mil_leaky_relu(x, 0.01);
+    case MIL_ACT_GELU:       return mil_gelu(x);
+    case MIL_ACT_SILU:       return mil_silu(x);
+    case MIL_ACT_TANH:       return mil_tanh(x);
+    case MIL_ACT_SIGMOID:    return mil_sigmoid(x);
+    case MIL_ACT_COUNT:      break;
+    }
+    return x;
+}
+
+// ---- linear ----
+MIL_DEF mil_linear_layer mil_declare_linear(mil_builder *b, int64_t in, int64_t out, int bias, mil_linear_init init, const char *key, ...)
+{
+    mil_linear_layer layer;
+    char name[128];
+    va_list args;
+    va_start(args, key);
+    vsnprintf(name, sizeof name, key, args);
+    va_end(args);
+    int64_t shape[2];
+    shape[0] = out;
+    shape[1] = in;
+    mil_init w, z;
+    z.kind = w.kind = MIL_INIT_UNIFORM;
+    switch (init) {
+    case MIL_LINEAR_KAIMING: w.a = sqrt(6.0 / (double)MILI_MAX(in, 1)); z.kind = MIL_INIT_CONSTANT; z.a = 0; break;
+    case MIL_LINEAR_XAVIER:  w.a = sqrt(6.0 / (double)MILI_MAX(in + out, 1)); z.kind = MIL_INIT_CONSTANT; z.a = 0; break;
+    default:                 w.a = z.a = 1 / sqrt((double)MILI_MAX(in, 1)); break;
+    }
+    layer.weight = mil_declare(b, w, 2, shape, "%s.weight", name);
+    layer.bias = bias ? mil_declare(b, z, 1, &out, "%s.bias", name) : NULL;
+    return layer;
+}
+
+MIL_DEF mil_node *mil_linear_forward(const mil_linear_layer *layer, mil_node *x)
+{
+    if (!x) return NULL;
+    return mil_linear(x, mil_use(x->tape, layer->weight), layer->bias ? mil_use(x->tape, layer->bias) : NULL);
+}
+
+// ---- layer norm ----
+MIL_DEF mil_norm_layer mil_declare_layer_norm(mil_builder *b, int64_t width, double eps, const char *key, ...)
+{
+    mil_norm_layer layer;
+    char name[128];
+    va_list args;
+    va_start(args, key);
+    vsnprintf(name, sizeof name, key, args);
+    va_end(args);
+    const mil_init one = { MIL_INIT_CONSTANT, 1 }, zero = { MIL_INIT_CONSTANT, 0 };
+    layer.weight = mil_declare(b, one, 1, &width, "%s.weight", name);
+    layer.bias = mil_declare(b, zero, 1, &width, "%s.bias", name);
+    layer.eps = eps;
+    return layer;
+}
+
+MIL_DEF mil_node *mil_layer_norm_forward(const mil_norm_layer *layer, mil_node *x)
+{
+    if (!x) return NULL;
+    return mil_layer_norm(x, mil_use(x->tape, layer->weight), mil_use(x->tape, layer->bias), layer->eps);
+}
+
+// ---- MIL-Lab's patch MLP ----
+MIL_DEF mil_patch_mlp mil_declare_patch_mlp(mil_builder *b, int64_t in, int64_t width, int64_t layers, double dropout, const char *key)
+{
+    mil_patch_mlp layer;
+    memset(&layer, 0, sizeof layer);
+    layer.layers = MILI_MIN(layers, MIL_MLP_MAX_LAYERS);
+    layer.dropout = dropout;
+    if (layers < 1 || layers > MIL_MLP_MAX_LAYERS)
+        mil_declare_fail(b, MIL_ERROR_ARGUMENT, "%s: %lld layers, 1 to %d are offered", key, (long long)layers, MIL_MLP_MAX_LAYERS);
+    for (int64_t i = 0; i < layer.layers; i++)             // linear, relu, dropout: three modules a layer
+        layer.linear[i] = mil_declare_linear(b, i ? width : in, width, 1, MIL_LINEAR_KAIMING, "%s.%lld", key, (long long)(3 * i));
+    return layer;
+}
+
+MIL_DEF mil_node *mil_patch_mlp_forward(const mil_patch_mlp *layer, mil_node *x)
+{
+    for (int64_t i = 0; i < layer->layers; i++) {
+        x = mil_relu(mil_linear_forward(&layer->linear[i], x));
+        if (i + 1 < layer->layers) x = mil_dropout(x, layer->dropout, "patch_embed");
+    }
+    return x;
+}
+
+// ---- the attention scorer ----
+MIL_DEF mil_attention_scorer mil_declare_attention_scorer(mil_builder *b, int64_t in, int64_t width, int64_t heads, int gated, double dropout, const char *key)
+{
+    mil_attention_scorer layer;
+    memset(&layer, 0, sizeof layer);
+    layer.gated = gated;
+    layer.dropout = dropout;
+    layer.activation = MIL_ACT_TANH;
+    layer.V = mil_declare_linear(b, in, width, 1, MIL_LINEAR_KAIMING, gated ? "%s.attention_a.0" : "%s.module.0", key);
+    if (gated) layer.U = mil_declare_linear(b, in, width, 1, MIL_LINEAR_KAIMING, "%s.attention_b.0", key);
+    layer.w = mil_declare_linear(b, width, heads, 1, MIL_LINEAR_KAIMING, gated ? "%s.attention_c" : "%s.module.3", key);
+    return layer;
+}
+
+MIL_DEF mil_node *mil_attention_scores(const mil_attention_scorer *layer, mil_node *h)
+{
+    mil_node *v = mil_activate(mil_linear_forward(&layer->V, h), layer->activation);           // [.., A]  what is seen
+    v = mil_dropout(v, layer->dropout, "attention_a");
+    if (layer->gated) {
+        mil_node *u = mil_sigmoid(mil_linear_forward(&layer->U, h));                           // [.., A]  how much of it counts
+        v = mil_mul(v, mil_dropout(u, layer->dropout, "attention_b"));
+    }
+    return mil_linear_forward(&layer->w, v);                                                   // [.., K]
+}
+
+// ---- torchmil's attention pool: other keys, no bias behind the last layer ----
+MIL_DEF mil_attention_scorer mil_declare_attention_pool(mil_builder *b, int64_t in, int64_t width, mil_activation activation, int gated, const char *key)
+{
+    mil_attention_scorer layer;
+    memset(&layer, 0, sizeof layer);
+    layer.gated = gated;
+    layer.activation = activation;
+    layer.V = mil_declare_linear(b, in, width, 1, MIL_LINEAR_TORCH, "%s.fc1.module", key);
+    layer.w = mil_declare_linear(b, width, 1, 0, MIL_LINEAR_TORCH, "%s.fc2", key);
+    if (gated) layer.U = mil_declare_linear(b, in, width, 1, MIL_LINEAR_TORCH, "%s.fc_gated.module", key);
+    return layer;
+}
+
+// ---- an MLP given by lists ----
+MIL_DEF int64_t mil_declare_mlp(mil_builder *b, int64_t in, const mil_int_list *sizes, const mil_text_list *activations, mil_mlp *out, const char *key)
+{
+    int module = 0;
+    memset(out, 0, sizeof *out);
+    if (sizes->count != activations->count)
+        mil_declare_fail(b, MIL_ERROR_ARGUMENT, "%s: %d sizes and %d activations", key, sizes->count, activations->count);
+    out->layers = MILI_MIN(sizes->count, activations->count);
+    for (int i = 0; i < out->layers; i++) {
+        const char *name = activations->value[i];
+        out->linear[i] = mil_declare_linear(b, in, sizes->value[i], 1, MIL_LINEAR_TORCH, "%s.%d", key, module);
+        out->activation[i] = strstr(name, "relu") ? MIL_ACT_RELU : strstr(name, "sigmoid") ? MIL_ACT_SIGMOID : strstr(name, "tanh") ? MIL_ACT_TANH : MIL_ACT_NONE;
+        module += out->activation[i] == MIL_ACT_NONE ? 1 : 2;
+        in = sizes->value[i];
+    }
+    return in;
+}
+
+MIL_DEF mil_node *mil_mlp_forward(const mil_mlp *layer, mil_node *x)
+{
+    for (int i = 0; i < layer->layers; i++) x = mil_activate(mil_linear_forward(&layer->linear[i], x), layer->activation[i]);
+    return x;
+}
 // ==== >>json: a strict JSON reader ================================================================================
 // mili_json_parse checks a whole text once: RFC 8259, no leniency, UTF-8 valid, no lone surrogates, depth bounded, no
 // recursion. After that a value is just its span of the text, and members are found by walking it: nothing is allocated.
@@ -8736,7 +8925,7 @@ MILI_FN mil_status mili_npy_fill(mil_npy *npy, const char *where, const unsigned
         return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: %llu bytes of data, but %s %s takes %llu", where, (unsigned long long)room,
                          mil_dtype_name(h.dtype), words.text, (unsigned long long)need);
     if (room > need)
-        snprintf(npy->warning, sizeof npy->warning, "%llu bytes after the array %s %s are ignored", (unsigned long long)(room - need),
+        snprintf(npy->warning, sizeof npy->warning, "%llu bytes after the array %s %.100s are ignored", (unsigned long long)(room - need),
                  mil_dtype_name(h.dtype), h.rank <= 3 ? words.text : "");
 
     if (element > 1 && need && h.order == (MILI_BIG_ENDIAN ? '<' : '>')) {
@@ -8886,9 +9075,1423 @@ MIL_DEF mil_status mil_npy_write(mil_context *ctx, const char *path, const mil_t
 
 // ==== >>model-code: options, registry, load, save =================================================================
 
+typedef struct mili_alias { const char *key; mil_param *param; } mili_alias;
+typedef struct mili_pair { char *key, *value; size_t bytes; } mili_pair;
+
+struct mil_model {
+    mil_context *ctx;
+    const mil_architecture *arch;
+    char        name[192];                                 // four parts
+    mili_arena  arena;                                     // params and their keys, config, layers
+    void       *config, *layers;
+    mil_param **param;
+    int64_t     param_count, param_capacity;
+    mili_alias *alias;
+    int64_t     alias_count, alias_capacity;
+    mili_pair  *meta;                                      // the caller's metadata, and what mil_open found
+    int64_t     meta_count, meta_capacity;
+    char      **class_name;
+    int64_t     class_count;
+    char      **option_text;                               // of mil_model_option, made when first asked for
+};
+
+// ---- option tables ----
+// X(name, in_dim)
+#define MILI_ENCODERS(X)                                                                            \
+    X(conch_v1, 512)                                                                                \
+    X(ctranspath, 768) X(conch_v15, 768) X(phikon, 768)                                             \
+    X(uni, 1024) X(resnet50, 1024) X(phikon_v2, 1024) X(musk, 1024)                                 \
+    X(uni_v2, 1536) X(gigapath, 1536) X(hoptimus, 1536) X(hoptimus1, 1536)                          \
+    X(virchow, 2560) X(virchow2, 2560)
+
+typedef struct mili_encoder { const char *name; int64_t dim; } mili_encoder;
+
+MILI_FN const mili_encoder *mili_encoders(int *count)
+{
+#define MILI_ENCODER_ROW(name, dim) { #name, dim },
+    static const mili_encoder table[] = { MILI_ENCODERS(MILI_ENCODER_ROW) };
+#undef MILI_ENCODER_ROW
+    *count = MILI_COUNT(table);
+    return table;
+}
+
+MIL_DEF int64_t mil_encoder_dim(const char *encoder)
+{
+    int count;
+    const mili_encoder *table = mili_encoders(&count);
+    for (int i = 0; encoder && i < count; i++) if (strcmp(table[i].name, encoder) == 0) return table[i].dim;
+    return 0;
+}
+
+// The nearest of several names, for "did you mean"; start with best NULL.
+typedef struct mili_nearest { const char *wanted, *best; int distance; } mili_nearest;
+
+MILI_FN void mili_nearest_try(mili_nearest *n, const char *name)
+{
+    const int d = mili_distance(n->wanted, name);
+    if (n->best && d >= n->distance) return;
+    n->best = name;
+    n->distance = d;
+}
+
+MILI_FN const mil_option *mili_option_find(const mil_option *table, int count, const char *name)
+{
+    for (int i = 0; i < count; i++) if (strcmp(table[i].name, name) == 0) return &table[i];
+    return NULL;
+}
+
+// The i-th of "a|b|c"; its length in *size. NULL behind the last.
+MILI_FN const char *mili_choice(const char *choices, int i, size_t *size)
+{
+    while (choices) {
+        const char *bar = strchr(choices, '|');
+        *size = bar ? (size_t)(bar - choices) : strlen(choices);
+        if (i-- == 0) return choices;
+        choices = bar ? bar + 1 : NULL;
+    }
+    return NULL;
+}
+
+MILI_FN int mili_text_number(const char *text, double *out)
+{
+    mili_json v;
+    const char *at = text, *end = text + strlen(text);
+    v.text = text;
+    v.size = strlen(text);
+    return v.size > 0 && !mili_json_check_number(&at, end) && at == end && mili_json_double(v, out);
+}
+
+MILI_FN int mili_text_int(const char *text, int64_t *out)
+{
+    mili_json v;
+    const char *at = text, *end = text + strlen(text);
+    v.text = text;
+    v.size = strlen(text);
+    return v.size > 0 && !mili_json_check_number(&at, end) && at == end && mili_json_int(v, out);
+}
+
+// "min..max" of a number's range, either side may be empty.
+MILI_FN int mili_in_range(const char *range, double x)
+{
+    if (!range) return 1;
+    char low[32];
+    const char *dots = strstr(range, "..");
+    if (!dots || (size_t)(dots - range) >= sizeof low) return 1;
+    memcpy(low, range, (size_t)(dots - range));
+    low[dots - range] = 0;
+    double bound;
+    if (mili_text_number(low, &bound) && x < bound) return 0;
+    if (mili_text_number(dots + 2, &bound) && x > bound) return 0;
+    return 1;
+}
+
+// Items of "[a, b]", quotes optional; "null" and "[]" have none. Each is copied to `item`. Returns the count, -1 when malformed or too many.
+MILI_FN int mili_list_items(const char *text, char item[][MIL_OPTION_TEXT_SIZE])
+{
+    if (strcmp(text, "null") == 0 || strcmp(text, "None") == 0) return 0;
+    const char *at = text;
+    int count = 0;
+    if (*at++ != '[') return -1;
+    for (;;) {
+        while (*at == ' ') at++;
+        if (*at == ']' && count == 0) break;
+        size_t n = 0;
+        const char quote = *at == '"' || *at == '\'' ? *at++ : 0;
+        if (count == MIL_OPTION_LIST_SIZE) return -1;
+        while (*at && (quote ? *at != quote : *at != ',' && *at != ']' && *at != ' ')) {
+            if (n == MIL_OPTION_TEXT_SIZE - 1) return -1;
+            item[count][n++] = *at++;
+        }
+        if ((quote && *at++ != quote) || (!quote && n == 0)) return -1;
+        item[count++][n] = 0;
+        while (*at == ' ') at++;
+        if (*at == ',') { at++; continue; }
+        if (*at != ']') return -1;
+        break;
+    }
+    return at[1] == 0 ? count : -1;
+}
+
+// Sets one option from text. 0 when the text is not of its type; then `expected` says what is.
+MILI_FN int mili_option_set(const mil_option *o, void *config, const char *text, const char **expected)
+{
+    char *at = (char *)config + o->offset;
+    switch (o->type) {
+    case MIL_OPTION_INT: {
+        int64_t v;
+        *expected = "a whole number";
+        if (!mili_text_int(text, &v)) return 0;
+        *expected = "a whole number in its range";
+        if (!mili_in_range(o->choices, (double)v)) return 0;
+        memcpy(at, &v, sizeof v);
+        return 1;
+    }
+    case MIL_OPTION_REAL: {
+        double v;
+        *expected = "a number";
+        if (!mili_text_number(text, &v)) return 0;
+        *expected = "a number in its range";
+        if (!mili_in_range(o->choices, v)) return 0;
+        memcpy(at, &v, sizeof v);
+        return 1;
+    }
+    case MIL_OPTION_BOOL: {
+        const int yes = strcmp(text, "true") == 0 || strcmp(text, "True") == 0 || strcmp(text, "1") == 0;
+        const int no = strcmp(text, "false") == 0 || strcmp(text, "False") == 0 || strcmp(text, "0") == 0;
+        *expected = "true or false";
+        if (!yes && !no) return 0;
+        memcpy(at, &yes, sizeof yes);
+        return 1;
+    }
+    case MIL_OPTION_CHOICE: {
+        size_t size;
+        *expected = o->choices;
+        for (int i = 0; ; i++) {
+            const char *choice = mili_choice(o->choices, i, &size);
+            if (!choice) return 0;
+            if (strlen(text) != size || memcmp(choice, text, size) != 0) continue;
+            memcpy(at, &i, sizeof i);
+            return 1;
+        }
+    }
+    case MIL_OPTION_TEXT:
+        *expected = "a short text";
+        if (strlen(text) >= MIL_OPTION_TEXT_SIZE) return 0;
+        memcpy(at, text, strlen(text) + 1);
+        return 1;
+    case MIL_OPTION_INTS:
+    case MIL_OPTION_TEXTS: {
+        char item[MIL_OPTION_LIST_SIZE][MIL_OPTION_TEXT_SIZE];
+        memset(item, 0, sizeof item);
+        const int count = mili_list_items(text, item);
+        *expected = o->type == MIL_OPTION_INTS ? "a list of whole numbers, [1,2], or null" : "a list of words, [a,b], or null";
+        if (count < 0) return 0;
+        if (o->type == MIL_OPTION_TEXTS) {
+            mil_text_list *list = (mil_text_list *)(void *)at;
+            list->count = count;
+            memcpy(list->value, item, sizeof item);
+            return 1;
+        }
+        mil_int_list *list = (mil_int_list *)(void *)at;
+        for (int i = 0; i < count; i++) if (!mili_text_int(item[i], &list->value[i]) || !mili_in_range(o->choices, (double)list->value[i])) return 0;
+        list->count = count;
+        return 1;
+    }
+    }
+    return 0;
+}
+
+// One option by name. `what` begins the error sentence.
+MILI_FN mil_status mili_option_apply(mil_context *ctx, const mil_option *table, int count, const char *key, const char *value, void *config, const char *what)
+{
+    const mil_option *o = mili_option_find(table, count, key);
+    if (!o) {
+        mili_nearest near = { key, NULL, 0 };
+        for (int i = 0; i < count; i++) mili_nearest_try(&near, table[i].name);
+        return mili_fail(ctx, MIL_ERROR_UNKNOWN, "%s: no option %s; did you mean \"%s\"?", what, mili_quote_n(key, strlen(key)).text, near.best ? near.best : "");
+    }
+    const char *expected = "";
+    if (mili_option_set(o, config, value, &expected)) return MIL_OK;
+    return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: option %s=%s: expected %s%s%s%s", what, key, mili_quote_n(value, strlen(value)).text, expected,
+                     o->choices && strstr(o->choices, "..") ? " (" : "", o->choices && strstr(o->choices, "..") ? o->choices : "",
+                     o->choices && strstr(o->choices, "..") ? ")" : "");
+}
+
+MILI_FN mil_status mili_option_defaults(mil_context *ctx, const mil_option *table, int count, void *config, const char *what)
+{
+    for (int i = 0; i < count; i++)
+        if (mili_option_apply(ctx, table, count, table[i].name, table[i].value, config, what) != MIL_OK) return ctx->status;
+    return MIL_OK;
+}
+
+enum { MILI_OPTION_VALUE_SIZE = 512 };
+
+// A JSON object of options. Keys listed in `ignored` (separated by blanks) are passed over.
+MILI_FN mil_status mili_parse_options_json(mil_context *ctx, const mil_option *table, int count, mili_json object, void *config, const char *what, const char *ignored)
+{
+    mili_json key, value;
+    mili_json_iter it = mili_json_begin(object);
+    while (mili_json_next(&it, &key, &value)) {
+        char name[64], text[MILI_OPTION_VALUE_SIZE];
+        int nul = 0;
+        const size_t n = mili_json_copy(key, name, sizeof name, &nul);
+        if (n >= sizeof name || nul) return mili_fail(ctx, MIL_ERROR_UNKNOWN, "%s: no option %s", what, mili_quote_n(key.text, key.size).text);
+        if (ignored) {
+            const char *at = strstr(ignored, name);
+            if (at && n && (at == ignored || at[-1] == ' ') && (at[n] == ' ' || at[n] == 0)) continue;
+        }
+        size_t size = value.size;
+        if (mili_json_kind(value) == '"') size = mili_json_copy(value, text, sizeof text, &nul);
+        else if (size < sizeof text) { memcpy(text, value.text, size); text[size] = 0; }
+        if (size >= sizeof text || nul) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: option %s: the value is too long", what, name);
+        if (mili_option_apply(ctx, table, count, name, text, config, what) != MIL_OK) return ctx->status;
+    }
+    return MIL_OK;
+}
+
+// "key=value key=value", separated by blanks or commas; or a JSON object. A value in [] may hold blanks and commas.
+MILI_FN mil_status mili_parse_options(mil_context *ctx, const mil_option *table, int count, const char *options, void *config, const char *what)
+{
+    if (!options) return MIL_OK;
+    const char *at = options;
+    while (*at == ' ' || *at == '\t' || *at == '\n') at++;
+    if (*at == '{') {
+        mili_json object;
+        if (mili_json_parse(ctx, what, at, strlen(at), 3, &object) != MIL_OK) return ctx->status;
+        return mili_parse_options_json(ctx, table, count, object, config, what, NULL);
+    }
+    for (;;) {
+        char key[64], value[MILI_OPTION_VALUE_SIZE];
+        size_t n = 0;
+        while (*at == ' ' || *at == ',' || *at == '\t' || *at == '\n') at++;
+        if (!*at) return MIL_OK;
+        const char *start = at;
+        while (*at && *at != '=' && *at != ' ' && *at != ',') at++;
+        if (*at != '=' || at == start || (size_t)(at - start) >= sizeof key)
+            return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: %s is not key=value", what, mili_quote_n(start, (size_t)(at - start)).text);
+        memcpy(key, start, (size_t)(at - start));
+        key[at - start] = 0;
+        at++;
+        for (int depth = 0; *at && (depth || (*at != ' ' && *at != ',' && *at != '\t' && *at != '\n')); at++) {
+            depth += (*at == '[') - (*at == ']');
+            if (n >= sizeof value - 1) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: option %s: the value is too long", what, key);
+            value[n++] = *at;
+        }
+        value[n] = 0;
+        if (mili_option_apply(ctx, table, count, key, value, config, what) != MIL_OK) return ctx->status;
+    }
+}
+
+// The value as text that mili_option_set reads back to the same bits. `json`: texts are quoted and escaped. Returns the length.
+MILI_FN size_t mili_option_print(const mil_option *o, const void *config, char *dst, size_t room, int json)
+{
+    const char *at = (const char *)config + o->offset;
+    size_t size = 0;
+    switch (o->type) {
+    case MIL_OPTION_INT: {
+        int64_t v;
+        memcpy(&v, at, sizeof v);
+        return (size_t)snprintf(dst, room, "%lld", (long long)v);
+    }
+    case MIL_OPTION_REAL: {
+        double v;
+        char text[32];
+        memcpy(&v, at, sizeof v);
+        mili_json_number(text, v);
+        return (size_t)snprintf(dst, room, "%s", text);
+    }
+    case MIL_OPTION_BOOL: {
+        int v;
+        memcpy(&v, at, sizeof v);
+        return (size_t)snprintf(dst, room, "%s", v ? "true" : "false");
+    }
+    case MIL_OPTION_CHOICE: {
+        int v;
+        memcpy(&v, at, sizeof v);
+        const char *choice = mili_choice(o->choices, v, &size);
+        return (size_t)snprintf(dst, room, json ? "\"%.*s\"" : "%.*s", choice ? (int)size : 0, choice ? choice : "");
+    }
+    case MIL_OPTION_TEXT:
+        return json ? mili_json_string(dst, room, at) : (size_t)snprintf(dst, room, "%s", at);
+    case MIL_OPTION_INTS: {
+        const mil_int_list *list = (const mil_int_list *)(const void *)at;
+        if (list->count == 0) return (size_t)snprintf(dst, room, "null");
+        for (int i = 0; i < list->count; i++)
+            size += (size_t)snprintf(size < room ? dst + size : NULL, size < room ? room - size : 0, i ? ",%lld" : "[%lld", (long long)list->value[i]);
+        return size + (size_t)snprintf(size < room ? dst + size : NULL, size < room ? room - size : 0, "]");
+    }
+    case MIL_OPTION_TEXTS: {
+        const mil_text_list *list = (const mil_text_list *)(const void *)at;
+        if (list->count == 0) return (size_t)snprintf(dst, room, "null");
+        for (int i = 0; i < list->count; i++)
+            size += (size_t)snprintf(size < room ? dst + size : NULL, size < room ? room - size : 0, i ? ",\"%s\"" : "[\"%s\"", list->value[i]);
+        return size + (size_t)snprintf(size < room ? dst + size : NULL, size < room ? room - size : 0, "]");
+    }
+    }
+    return 0;
+}
+
+// ---- declaring ----
+MIL_DEF void mil_declare_fail(mil_builder *b, mil_status status, const char *format, ...)
+{
+    char text[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    if (b->status == MIL_OK) b->status = status;
+    mili_fail(b->model->ctx, status, "%s: %s", b->model->name, text);
+}
+
+MIL_DEF void mil_declare_push(mil_builder *b, const char *scope, ...)
+{
+    const size_t at = strlen(b->scope);
+    va_list args;
+    va_start(args, scope);
+    vsnprintf(b->scope + at, sizeof b->scope - at, scope, args);
+    va_end(args);
+    const size_t end = strlen(b->scope);
+    snprintf(b->scope + end, sizeof b->scope - end, ".");
+}
+
+MIL_DEF void mil_declare_pop(mil_builder *b)
+{
+    size_t at = strlen(b->scope);
+    if (at) at--;                                          // the dot at the end
+    while (at && b->scope[at - 1] != '.') at--;
+    b->scope[at] = 0;
+}
+
+MILI_FN mil_param *mili_declare_list(mil_builder *b, mil_dtype dtype, int trainable, mil_init init, int rank, const int64_t *shape, const char *key, va_list args)
+{
+    mil_model *model = b->model;
+    mil_context *ctx = model->ctx;
+    char name[256];
+    const size_t at = (size_t)snprintf(name, sizeof name, "%s", b->scope);
+    vsnprintf(name + at, sizeof name - at, key, args);
+    if (b->status != MIL_OK) return NULL;
+    const int64_t count = rank >= 0 && rank <= MIL_MAX_RANK ? mili_shape_count(rank, shape) : -1;
+    if (count < 1) {
+        mil_declare_fail(b, MIL_ERROR_ARGUMENT, "parameter %s would have the shape %s", name, mili_shape_text(MILI_MAX(0, MILI_MIN(rank, MIL_MAX_RANK)), shape).s);
+        return NULL;
+    }
+    mil_param *p = (mil_param *)mili_arena_alloc(ctx, &model->arena, sizeof *p);
+    char *copy = mili_arena_text(ctx, &model->arena, name);
+    const size_t bytes = (size_t)count * mil_dtype_size(dtype);
+    if (!p || !copy || !mili_reserve(ctx, (void **)&model->param, &model->param_capacity, model->param_count + 1, sizeof *model->param)) {
+        b->status = ctx->status;
+        return NULL;
+    }
+    p->key = copy;
+    p->dtype = dtype;
+    p->rank = rank;
+    for (int a = 0; a < rank; a++) p->shape[a] = shape[a];
+    p->count = count;
+    p->trainable = trainable;
+    p->init = init;
+    p->model = model;
+    p->data = mili_backend_alloc(ctx, bytes);
+    if (!p->data) { b->status = ctx->status; return NULL; }
+    model->param[model->param_count++] = p;
+    return p;
+}
+
+MIL_DEF mil_param *mil_declare(mil_builder *b, mil_init init, int rank, const int64_t *shape, const char *key, ...)
+{
+    va_list args;
+    va_start(args, key);
+    mil_param *p = mili_declare_list(b, MIL_REAL_DTYPE, 1, init, rank, shape, key, args);
+    va_end(args);
+    return p;
+}
+
+MIL_DEF mil_param *mil_declare_buffer(mil_builder *b, mil_dtype dtype, mil_init init, int rank, const int64_t *shape, const char *key, ...)
+{
+    va_list args;
+    va_start(args, key);
+    mil_param *p = mili_declare_list(b, dtype, 0, init, rank, shape, key, args);
+    va_end(args);
+    return p;
+}
+
+MIL_DEF void mil_declare_alias(mil_builder *b, mil_param *param, const char *key, ...)
+{
+    mil_model *model = b->model;
+    char name[256];
+    const size_t at = (size_t)snprintf(name, sizeof name, "%s", b->scope);
+    va_list args;
+    va_start(args, key);
+    vsnprintf(name + at, sizeof name - at, key, args);
+    va_end(args);
+    if (!param || b->status != MIL_OK) return;
+    char *copy = mili_arena_text(model->ctx, &model->arena, name);
+    if (!copy || !mili_reserve(model->ctx, (void **)&model->alias, &model->alias_capacity, model->alias_count + 1, sizeof *model->alias)) {
+        b->status = model->ctx->status;
+        return;
+    }
+    model->alias[model->alias_count].key = copy;
+    model->alias[model->alias_count++].param = param;
+}
+
+// ---- creating ----
+MIL_DEF void mil_model_free(mil_model *model)
+{
+    if (!model) return;
+    mil_context *ctx = model->ctx;
+    for (int64_t i = 0; i < model->param_count; i++) {
+        mil_param *p = model->param[i];
+        mili_backend_release(ctx, p->data, (size_t)p->count * mil_dtype_size(p->dtype));
+        mili_backend_release(ctx, p->grad, (size_t)p->count * sizeof(mil_real));
+        mili_backend_release(ctx, p->packed, p->packed_bytes);
+    }
+    for (int64_t i = 0; i < model->meta_count; i++) mili_free(ctx, model->meta[i].key, model->meta[i].bytes);
+    for (int64_t i = 0; i < model->class_count; i++) mili_free(ctx, model->class_name[i], strlen(model->class_name[i]) + 1);
+    mili_free(ctx, (void *)model->class_name, (size_t)model->class_count * sizeof *model->class_name);
+    mili_free(ctx, model->meta, (size_t)model->meta_capacity * sizeof *model->meta);
+    mili_free(ctx, model->alias, (size_t)model->alias_capacity * sizeof *model->alias);
+    mili_free(ctx, (void *)model->param, (size_t)model->param_capacity * sizeof *model->param);
+    mili_arena_free(ctx, &model->arena);
+    mili_free(ctx, model, sizeof *model);
+}
+
+// Fills a parameter's host copy by its rule. Element e of a parameter is number e of the stream of its key.
+MILI_FN void mili_init_values(const mil_param *p, void *dst, uint64_t seed)
+{
+    const uint64_t stream = mili_hash_text(p->key);
+    for (int64_t e = 0; e < p->count; e++) {
+        double v = p->init.a;
+        if (p->init.kind == MIL_INIT_UNIFORM) v = p->init.a * (2 * mili_random_unit(seed, stream, (uint64_t)e) - 1);
+        else if (p->init.kind == MIL_INIT_NORMAL) v = p->init.a * mili_random_gauss(seed, stream, (uint64_t)e);
+        else if (p->init.kind == MIL_INIT_RANGE) v = p->init.a + (double)e;
+        if (p->dtype == MIL_I64) ((int64_t *)dst)[e] = (int64_t)v;
+        else ((mil_real *)dst)[e] = (mil_real)v;
+    }
+}
+
+MILI_FN mil_status mili_param_fill(mil_param *p, uint64_t seed)
+{
+    mil_context *ctx = p->model->ctx;
+    const size_t bytes = (size_t)p->count * mil_dtype_size(p->dtype);
+    p->version++;
+    if (mili_host_memory(ctx)) { mili_init_values(p, p->data, seed); return MIL_OK; }
+    void *copy = mili_alloc(ctx, bytes);
+    if (!copy) return ctx->status;
+    mili_init_values(p, copy, seed);
+    mili_upload(ctx, p->data, copy, bytes);
+    mili_free(ctx, copy, bytes);
+    return ctx->status;
+}
+
+MIL_DEF mil_status mil_model_init(mil_model *model, uint64_t seed)
+{
+    if (!model) return MIL_ERROR_ARGUMENT;
+    mili_enter(model->ctx);
+    for (int64_t i = 0; i < model->param_count; i++) if (mili_param_fill(model->param[i], seed) != MIL_OK) break;
+    return model->ctx->status;
+}
+
+MILI_FN const mil_architecture *mili_architecture_nth(const mil_context *ctx, int64_t i)
+{
+    return i < ctx->registered_count ? ctx->registered[i] : mil_architecture_at(i - ctx->registered_count);
+}
+
+MILI_FN const mil_config *mili_config_find(const mil_architecture *arch, const char *name)
+{
+    for (int i = 0; i < arch->config_count; i++) if (strcmp(arch->configs[i].name, name) == 0) return &arch->configs[i];
+    return NULL;
+}
+
+typedef struct mili_name { char part[4][48]; } mili_name;  // model, config, encoder, task
+
+// Splits a name and fills the missing parts from the left.
+MILI_FN mil_status mili_split_name(mil_context *ctx, const char *name, mili_name *out)
+{
+    static const char *const filled[4] = { "", "base", "uni", "none" };
+    for (int i = 0; i < 4; i++) snprintf(out->part[i], sizeof out->part[i], "%s", filled[i]);
+    const char *at = name;
+    for (int i = 0; ; i++) {
+        const char *dot = strchr(at, '.');
+        const size_t n = dot ? (size_t)(dot - at) : strlen(at);
+        if (i == 4 || n == 0 || n >= sizeof out->part[0])
+            return mili_fail(ctx, MIL_ERROR_UNKNOWN, "model name %s: expected model.config.encoder.task, at most four parts, none empty", mili_quote_n(name, strlen(name)).text);
+        memcpy(out->part[i], at, n);
+        out->part[i][n] = 0;
+        if (!dot) return MIL_OK;
+        at = dot + 1;
+    }
+}
+
+// The registry row of a model and config; errors name the nearest.
+MILI_FN const mil_architecture *mili_find_architecture(mil_context *ctx, const mili_name *name, const mil_config **config)
+{
+    mili_nearest models = { name->part[0], NULL, 0 }, configs = { name->part[1], NULL, 0 };
+    int known = 0;
+    for (int64_t i = 0; mili_architecture_nth(ctx, i); i++) {
+        const mil_architecture *arch = mili_architecture_nth(ctx, i);
+        mili_nearest_try(&models, arch->name);
+        if (strcmp(arch->name, name->part[0]) != 0) continue;
+        known = 1;
+        *config = mili_config_find(arch, name->part[1]);
+        if (*config) return arch;
+        for (int c = 0; c < arch->config_count; c++) mili_nearest_try(&configs, arch->configs[c].name);
+    }
+    if (known) mili_fail(ctx, MIL_ERROR_UNKNOWN, "model %s has no config %s; did you mean \"%s\"?", name->part[0], mili_quote_n(name->part[1], strlen(name->part[1])).text, configs.best);
+    else mili_fail(ctx, MIL_ERROR_UNKNOWN, "no model %s; did you mean \"%s\"?", mili_quote_n(name->part[0], strlen(name->part[0])).text, models.best ? models.best : "");
+    return NULL;
+}
+
+// A model with its parameters declared; options come as text, as a JSON object, or both.
+MILI_FN mil_model *mili_model_new(mil_context *ctx, const char *name, const char *options, const mili_json *object, const char *ignored)
+{
+    mili_name parts;
+    const mil_config *config = NULL;
+    if (mili_split_name(ctx, name, &parts) != MIL_OK) return NULL;
+    const mil_architecture *arch = mili_find_architecture(ctx, &parts, &config);
+    if (!arch) return NULL;
+    const int64_t in_dim = mil_encoder_dim(parts.part[2]);
+    if (!in_dim) {
+        int count;
+        const mili_encoder *table = mili_encoders(&count);
+        mili_nearest near = { parts.part[2], NULL, 0 };
+        for (int i = 0; i < count; i++) mili_nearest_try(&near, table[i].name);
+        mili_fail(ctx, MIL_ERROR_UNKNOWN, "no encoder %s; did you mean \"%s\"?", mili_quote_n(parts.part[2], strlen(parts.part[2])).text, near.best);
+        return NULL;
+    }
+
+    mil_model *model = (mil_model *)mili_alloc_zero(ctx, sizeof *model);
+    if (!model) return NULL;
+    model->ctx = ctx;
+    model->arch = arch;
+    snprintf(model->name, sizeof model->name, "%s.%s.%s.%s", parts.part[0], parts.part[1], parts.part[2], parts.part[3]);
+    model->config = mili_arena_alloc(ctx, &model->arena, MILI_MAX(arch->config_size, 1));
+    model->layers = mili_arena_alloc(ctx, &model->arena, MILI_MAX(arch->model_size, 1));
+
+    mil_builder b;
+    memset(&b, 0, sizeof b);
+    b.model = model;
+    char dim[32];
+    snprintf(dim, sizeof dim, "%lld", (long long)in_dim);
+    const mil_option *table = arch->options;
+    const int count = arch->option_count;
+    if (model->config && model->layers && mili_option_defaults(ctx, table, count, model->config, name) == MIL_OK &&
+        mili_parse_options(ctx, table, count, config->options, model->config, name) == MIL_OK &&
+        (!mili_option_find(table, count, "in_dim") || mili_option_apply(ctx, table, count, "in_dim", dim, model->config, name) == MIL_OK) &&
+        (!object || mili_parse_options_json(ctx, table, count, *object, model->config, name, ignored) == MIL_OK) &&
+        mili_parse_options(ctx, table, count, options, model->config, name) == MIL_OK) {
+        arch->declare(&b, model->layers, model->config);
+        if (b.status == MIL_OK && ctx->status == MIL_OK) {
+            mil_status status = MIL_OK;
+            for (int64_t i = 0; i < model->param_count && status == MIL_OK; i++) status = mili_param_fill(model->param[i], 0);
+        }
+    }
+    if (ctx->status != MIL_OK) {
+        mil_model_free(model);
+        return NULL;
+    }
+    return model;
+}
+
+MIL_DEF mil_model *mil_create(mil_context *ctx, const char *name, const char *options)
+{
+    if (!ctx) return NULL;
+    mili_enter(ctx);
+    if (!name) { mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_create: name is NULL"); return NULL; }
+    return mili_model_new(ctx, name, options, NULL, NULL);
+}
+
+// ---- asking a model ----
+MIL_DEF mil_context *mil_model_context(const mil_model *model) { return model ? model->ctx : NULL; }
+MIL_DEF const char *mil_model_name(const mil_model *model) { return model ? model->name : ""; }
+MIL_DEF const mil_architecture *mil_model_architecture(const mil_model *model) { return model ? model->arch : NULL; }
+MIL_DEF int64_t mil_model_param_count(const mil_model *model) { return model ? model->param_count : 0; }
+MIL_DEF mil_param *mil_model_param(const mil_model *model, int64_t i) { return model && i >= 0 && i < model->param_count ? model->param[i] : NULL; }
+MIL_DEF void mil_param_freeze(mil_param *param, int on) { if (param) param->frozen = on != 0; }
+
+MILI_FN int64_t mili_model_int(const mil_model *model, const char *key, int64_t otherwise)
+{
+    const mil_option *o = mili_option_find(model->arch->options, model->arch->option_count, key);
+    if (!o || o->type != MIL_OPTION_INT) return otherwise;
+    int64_t v;
+    memcpy(&v, (const char *)model->config + o->offset, sizeof v);
+    return v;
+}
+
+MIL_DEF int64_t mil_model_in_dim(const mil_model *model) { return model ? mili_model_int(model, "in_dim", 0) : 0; }
+MIL_DEF int64_t mil_model_num_classes(const mil_model *model) { return model ? mili_model_int(model, "num_classes", 1) : 0; }
+
+MIL_DEF int64_t mil_model_parameter_count(const mil_model *model)
+{
+    int64_t count = 0;
+    for (int64_t i = 0; model && i < model->param_count; i++) if (model->param[i]->trainable) count += model->param[i]->count;
+    return count;
+}
+
+MIL_DEF const char *mil_model_option(const mil_model *model, const char *key)
+{
+    if (!model || !key) return NULL;
+    const mil_architecture *arch = model->arch;
+    const mil_option *o = mili_option_find(arch->options, arch->option_count, key);
+    if (!o) return NULL;
+    char text[MILI_OPTION_VALUE_SIZE];
+    mili_option_print(o, model->config, text, sizeof text, 0);
+    union { const mil_model *c; mil_model *m; } u;         // the texts are a cache inside the model's arena
+    u.c = model;
+    if (!u.m->option_text) u.m->option_text = (char **)mili_arena_alloc(model->ctx, &u.m->arena, (size_t)arch->option_count * sizeof(char *));
+    if (!u.m->option_text) return NULL;
+    char **slot = &u.m->option_text[o - arch->options];
+    if (!*slot) *slot = mili_arena_text(model->ctx, &u.m->arena, text);
+    return *slot;
+}
+
+MIL_DEF size_t mil_model_config(const mil_model *model, char *dst, size_t size)
+{
+    size_t at = 0;
+    if (!model) return 0;
+#define MILI_ROOM (at < size ? dst + at : NULL), (at < size ? size - at : 0)
+    at += (size_t)snprintf(MILI_ROOM, "{");
+    for (int i = 0; i < model->arch->option_count; i++) {
+        const mil_option *o = &model->arch->options[i];
+        char text[MILI_OPTION_VALUE_SIZE];
+        mili_option_print(o, model->config, text, sizeof text, 1);
+        at += (size_t)snprintf(MILI_ROOM, "%s\"%s\":%s", i ? "," : "", o->name, text);
+    }
+    at += (size_t)snprintf(MILI_ROOM, "}");
+#undef MILI_ROOM
+    return at;
+}
+
+// A parameter by key, without any prefix.
+MILI_FN mil_param *mili_param_find(const mil_model *model, const char *key)
+{
+    for (int64_t i = 0; i < model->param_count; i++) if (strcmp(model->param[i]->key, key) == 0) return model->param[i];
+    for (int64_t i = 0; i < model->alias_count; i++) if (strcmp(model->alias[i].key, key) == 0) return model->alias[i].param;
+    return NULL;
+}
+
+MIL_DEF mil_param *mil_model_find(const mil_model *model, const char *key)
+{
+    if (!model || !key) return NULL;
+    for (;;) {                                             // the key as it is, then without the prefixes of wrappers
+        mil_param *p = mili_param_find(model, key);
+        if (p) return p;
+        if (strncmp(key, "module.", 7) == 0) key += 7;
+        else if (strncmp(key, "model.", 6) == 0) key += 6;
+        else if (key[0] == '.') key++;                     // "model..a.b", as MIL-Lab's hub loader writes it
+        else return NULL;
+    }
+}
+
+MIL_DEF mil_status mil_param_read(const mil_param *param, mil_real *dst, int64_t count)
+{
+    if (!param) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = param->model->ctx;
+    mili_enter(ctx);
+    if (!dst || count != param->count || param->dtype != MIL_REAL_DTYPE)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_param_read: %s has %lld elements of %s, not %lld", param->key, (long long)param->count, mil_dtype_name(param->dtype), (long long)count);
+    if (ctx->backend) ctx->backend->synchronize(ctx->backend_self);
+    return mili_download(ctx, dst, param->data, (size_t)count * sizeof *dst);
+}
+
+MIL_DEF mil_status mil_param_write(mil_param *param, const mil_real *src, int64_t count)
+{
+    if (!param) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = param->model->ctx;
+    mili_enter(ctx);
+    if (!src || count != param->count || param->dtype != MIL_REAL_DTYPE)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_param_write: %s has %lld elements of %s, not %lld", param->key, (long long)param->count, mil_dtype_name(param->dtype), (long long)count);
+    param->version++;
+    return mili_upload(ctx, param->data, src, (size_t)count * sizeof *src);
+}
+
+// ---- metadata and class names ----
+MIL_DEF mil_status mil_model_set_metadata(mil_model *model, const char *key, const char *value)
+{
+    if (!model) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = model->ctx;
+    mili_enter(ctx);
+    if (!key || !*key) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_model_set_metadata: no key");
+    mili_pair fresh;
+    memset(&fresh, 0, sizeof fresh);
+    if (value) {
+        const size_t nk = strlen(key) + 1, nv = strlen(value) + 1;
+        if (!mili_reserve(ctx, (void **)&model->meta, &model->meta_capacity, model->meta_count + 1, sizeof *model->meta)) return ctx->status;
+        fresh.bytes = nk + nv;
+        fresh.key = (char *)mili_alloc(ctx, fresh.bytes);
+        if (!fresh.key) return ctx->status;
+        fresh.value = fresh.key + nk;
+        memcpy(fresh.key, key, nk);
+        memcpy(fresh.value, value, nv);
+    }
+    for (int64_t i = 0; i < model->meta_count; i++) {
+        if (strcmp(model->meta[i].key, key) != 0) continue;
+        mili_free(ctx, model->meta[i].key, model->meta[i].bytes);
+        model->meta[i] = model->meta[--model->meta_count];
+        break;
+    }
+    if (value) model->meta[model->meta_count++] = fresh;
+    return MIL_OK;
+}
+
+MIL_DEF const char *mil_model_metadata(const mil_model *model, const char *key)
+{
+    for (int64_t i = 0; model && key && i < model->meta_count; i++) if (strcmp(model->meta[i].key, key) == 0) return model->meta[i].value;
+    return NULL;
+}
+
+MIL_DEF mil_status mil_model_set_class_names(mil_model *model, const char *const *names, int64_t count)
+{
+    if (!model) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = model->ctx;
+    mili_enter(ctx);
+    const int64_t wanted = mil_model_num_classes(model);
+    if (!names || (count != wanted && !(wanted == 1 && count == 2)))
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_model_set_class_names: %lld names for %lld classes", (long long)count, (long long)wanted);
+    char **copy = (char **)mili_alloc_zero(ctx, (size_t)count * sizeof *copy);
+    for (int64_t i = 0; copy && i < count; i++) {
+        const size_t n = names[i] ? strlen(names[i]) + 1 : 0;
+        if (!n) mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_model_set_class_names: name %lld is NULL", (long long)i);
+        else copy[i] = (char *)mili_alloc(ctx, n);
+        if (copy[i]) memcpy(copy[i], names[i], n);
+    }
+    char **drop = ctx->status == MIL_OK ? model->class_name : copy;
+    const int64_t drops = ctx->status == MIL_OK ? model->class_count : copy ? count : 0;
+    for (int64_t i = 0; i < drops; i++) if (drop[i]) mili_free(ctx, drop[i], strlen(drop[i]) + 1);
+    mili_free(ctx, (void *)drop, (size_t)drops * sizeof *drop);
+    if (ctx->status != MIL_OK) return ctx->status;
+    model->class_name = copy;
+    model->class_count = count;
+    return MIL_OK;
+}
+
+MIL_DEF const char *mil_model_class_name(const mil_model *model, int64_t i)
+{
+    return model && i >= 0 && i < model->class_count ? model->class_name[i] : NULL;
+}
+
+// ---- loading ----
+MIL_DEF mil_load_options mil_load_options_default(void)
+{
+    mil_load_options o;
+    memset(&o, 0, sizeof o);
+    o.check_finite = 1;
+    return o;
+}
+
+// Whether a key belongs to the classification head.
+MILI_FN int mili_is_head(const mil_architecture *arch, const char *key)
+{
+    for (const char *at = arch->head; at && *at; ) {
+        const size_t n = strcspn(at, " ");
+        if (strncmp(key, at, n) == 0 && (key[n] == '.' || key[n] == 0)) return 1;
+        at += n;
+        while (*at == ' ') at++;
+    }
+    return 0;
+}
+
+// Names that are too many for one sentence are counted.
+typedef struct mili_name_list { char text[360]; int64_t count; } mili_name_list;
+
+MILI_FN void mili_name_list_add(mili_name_list *list, const char *name)
+{
+    const size_t at = strlen(list->text);
+    if (list->count++ < 6) snprintf(list->text + at, sizeof list->text - at, "%s%.80s", at ? ", " : "", name);
+    else if (list->count == 7) snprintf(list->text + at, sizeof list->text - at, ", ...");
+}
+
+// Elements of t, from any dtype and strides, to a parameter's dtype.
+MILI_FN void mili_tensor_convert(const mil_context *ctx, const mil_tensor *t, mil_dtype dtype, void *dst)
+{
+    int64_t stride[MIL_MAX_RANK];
+    mili_tensor_strides(t, stride);
+    const int64_t count = mil_tensor_count(t), cols = t->rank ? t->shape[t->rank - 1] : 1, step = t->rank ? stride[t->rank - 1] : 0;
+    const int64_t width = (int64_t)mil_dtype_size(t->dtype);
+    for (int64_t r = 0; cols && r < count / cols; r++) {
+        const char *src = (const char *)t->data;
+        int64_t at = r;
+        for (int a = t->rank - 2; a >= 0; a--) { src += at % t->shape[a] * stride[a]; at /= t->shape[a]; }
+        if (dtype == MIL_REAL_DTYPE && step == width) { mili_convert(ctx->kernels, (mil_real *)dst + r * cols, src, t->dtype, cols); continue; }
+        for (int64_t j = 0; j < cols; j++) {
+            mil_real v = 0;
+            if (dtype == MIL_I64 && t->dtype == MIL_I64) { memcpy((int64_t *)dst + r * cols + j, src + j * step, sizeof(int64_t)); continue; }
+            mili_convert(ctx->kernels, &v, src + j * step, t->dtype, 1);
+            if (dtype == MIL_I64) ((int64_t *)dst)[r * cols + j] = (int64_t)v;
+            else ((mil_real *)dst)[r * cols + j] = v;
+        }
+    }
+}
+
+MILI_FN int mili_tensor_finite(const mil_context *ctx, const mil_tensor *t)
+{
+    if (t->dtype != MIL_F32 && t->dtype != MIL_F64 && t->dtype != MIL_F16 && t->dtype != MIL_BF16) return 1;
+    const size_t width = mil_dtype_size(t->dtype);
+    const int64_t count = mil_tensor_count(t);
+    for (int64_t i = 0; i < count; i++) {                  // tensors of a safetensors file are packed
+        mil_real v;
+        mili_convert(ctx->kernels, &v, (const char *)t->data + (size_t)i * width, t->dtype, 1);
+        if (!mili_is_finite(v)) return 0;
+    }
+    return 1;
+}
+
+MILI_FN mil_status mili_load_tensors(mil_model *model, const mil_tensors *file, const mil_load_options *options, const char *where)
+{
+    mil_context *ctx = model->ctx;
+    mil_load_options o = options ? *options : mil_load_options_default();
+    mili_name_list missing, extra;
+    memset(&missing, 0, sizeof missing);
+    memset(&extra, 0, sizeof extra);
+    const int64_t tensors = mil_tensors_count(file);
+    int64_t *from = (int64_t *)mili_alloc(ctx, (size_t)(model->param_count + 1) * sizeof *from);    // which tensor fills which parameter
+    size_t room = 0;
+    void *copy = NULL;
+    if (!from) return ctx->status;
+    for (int64_t i = 0; i < model->param_count; i++) from[i] = -1;
+
+    for (int64_t t = 0; t < tensors; t++) {
+        const char *name = mil_tensors_name(file, t);
+        const mil_param *p = mil_model_find(model, name);
+        if (!p) { mili_name_list_add(&extra, name); continue; }
+        if (o.new_head && mili_is_head(model->arch, p->key)) continue;
+        int64_t i = 0;
+        while (model->param[i] != p) i++;
+        if (from[i] >= 0) {
+            mili_fail(ctx, MIL_ERROR_FORMAT, "%s: %s and %s are both %s", where, mil_tensors_name(file, from[i]), name, p->key);
+            goto done;
+        }
+        from[i] = t;
+        const mil_tensor *tensor = mil_tensors_at(file, t);
+        int same = tensor->rank == p->rank;
+        for (int a = 0; same && a < p->rank; a++) same = tensor->shape[a] == p->shape[a];
+        if (!same) {
+            mili_fail(ctx, MIL_ERROR_SHAPE, "%s: %s is %s, the model %s has %s", where, name, mili_shape_text(tensor->rank, tensor->shape).s, model->name, mili_shape_text(p->rank, p->shape).s);
+            goto done;
+        }
+        if (o.check_finite && !mili_tensor_finite(ctx, tensor)) {
+            mili_fail(ctx, MIL_ERROR_NUMERIC, "%s: %s holds NaN or infinity", where, name);
+            goto done;
+        }
+    }
+    for (int64_t i = 0; i < model->param_count; i++) {
+        const mil_param *p = model->param[i];
+        if (from[i] < 0 && !(o.new_head && mili_is_head(model->arch, p->key))) mili_name_list_add(&missing, p->key);
+        room = MILI_MAX(room, (size_t)p->count * mil_dtype_size(p->dtype));
+    }
+    if ((missing.count && !o.allow_missing) || (extra.count && !o.allow_extra)) {
+        mili_fail(ctx, MIL_ERROR_UNKNOWN, "%s does not fit %s:%s%s%s%s%s", where, model->name, missing.count && !o.allow_missing ? " missing " : "",
+                  missing.count && !o.allow_missing ? missing.text : "", missing.count && extra.count && !o.allow_missing && !o.allow_extra ? ";" : "",
+                  extra.count && !o.allow_extra ? " not in the model " : "", extra.count && !o.allow_extra ? extra.text : "");
+        goto done;
+    }
+    if (!mili_host_memory(ctx) && !(copy = mili_alloc(ctx, room))) goto done;
+    for (int64_t i = 0; i < model->param_count; i++) {
+        mil_param *p = model->param[i];
+        if (from[i] < 0) continue;
+        mili_tensor_convert(ctx, mil_tensors_at(file, from[i]), p->dtype, copy ? copy : p->data);
+        if (copy && mili_upload(ctx, p->data, copy, (size_t)p->count * mil_dtype_size(p->dtype)) != MIL_OK) goto done;
+        p->version++;
+    }
+done:
+    mili_free(ctx, copy, room);
+    mili_free(ctx, from, (size_t)(model->param_count + 1) * sizeof *from);
+    return ctx->status;
+}
+
+MIL_DEF mil_status mil_load_memory(mil_model *model, const void *bytes, size_t size, const mil_load_options *options)
+{
+    if (!model) return MIL_ERROR_ARGUMENT;
+    mil_tensors *file;
+    if (mil_tensors_open_memory(model->ctx, bytes, size, 0, &file) != MIL_OK) return model->ctx->status;
+    mili_load_tensors(model, file, options, "weights");
+    mil_tensors_free(file);
+    return model->ctx->status;
+}
+
+// The model that a file's metadata, or a config.json, describe. `config` may be NULL.
+MILI_FN mil_model *mili_open_tensors(mil_context *ctx, const mil_tensors *file, const char *config, size_t config_size, const char *where)
+{
+    const char *name = mil_tensors_meta(file, "mil.model"), *text = mil_tensors_meta(file, "mil.config");
+    char model_name[192];
+    mili_json object;
+    // What Hugging Face's config.json holds beside the hyperparameters.
+    const char *ignored = "architectures model_type torch_dtype dtype transformers_version _name_or_path id2label label2id auto_map return_dict";
+    if (name && text) {
+        if (mili_json_parse(ctx, "mil.config", text, strlen(text), 3, &object) != MIL_OK) return NULL;
+        ignored = NULL;
+    } else if (config) {
+        if (mili_json_parse(ctx, "config.json", config, config_size, 8, &object) != MIL_OK) return NULL;
+        mili_json type = mili_json_find(object, "model_type");
+        int nul = 0;
+        snprintf(model_name, sizeof model_name, "abmil");
+        if (type.size && (mili_json_kind(type) != '"' || mili_json_copy(type, model_name, sizeof model_name, &nul) >= sizeof model_name || nul)) {
+            mili_fail(ctx, MIL_ERROR_FORMAT, "config.json: model_type is not a model's name");
+            return NULL;
+        }
+        if (!type.size) {
+            mili_fail(ctx, MIL_ERROR_FORMAT, "config.json beside %s names no model (model_type)", where);
+            return NULL;
+        }
+        name = model_name;
+    } else {
+        mili_fail(ctx, MIL_ERROR_FORMAT, "%s does not say which model it is for: no mil.model in its metadata, no config.json beside it; use mil_create and mil_load", where);
+        return NULL;
+    }
+    mil_model *model = mili_model_new(ctx, name, NULL, &object, ignored);
+    if (!model) return NULL;
+    mil_load_options o = mil_load_options_default();
+    int head = 0, has_head = 0;
+    for (int64_t i = 0; i < model->param_count; i++) has_head |= mili_is_head(model->arch, model->param[i]->key);
+    for (int64_t t = 0; t < mil_tensors_count(file); t++) {
+        const mil_param *p = mil_model_find(model, mil_tensors_name(file, t));
+        head |= p && mili_is_head(model->arch, p->key);
+    }
+    o.new_head = has_head && !head;                        // published encoders of slides come without one
+    if (mili_load_tensors(model, file, &o, where) == MIL_OK && o.new_head) mil_model_set_metadata(model, "mil.head", "fresh");
+    for (int64_t i = 0; i < mil_tensors_meta_count(file) && ctx->status == MIL_OK; i++) {
+        const char *key = mil_tensors_meta_key(file, i);
+        if (strcmp(key, "format") == 0 || strcmp(key, "mil.model") == 0 || strcmp(key, "mil.config") == 0 || strcmp(key, "mil.classes") == 0 || strcmp(key, "mil.version") == 0) continue;
+        mil_model_set_metadata(model, key, mil_tensors_meta_value(file, i));
+    }
+    const char *classes = mil_tensors_meta(file, "mil.classes");
+    if (classes && ctx->status == MIL_OK) {                // a JSON list of names
+        mili_json list, key, value;
+        if (mili_json_parse(ctx, "mil.classes", classes, strlen(classes), 2, &list) == MIL_OK && mili_json_kind(list) == '[') {
+            const int64_t count = mili_json_count(list);
+            const size_t bytes = strlen(classes) + 1;
+            char *texts = (char *)mili_alloc(ctx, bytes);
+            const char **names = (const char **)mili_alloc(ctx, (size_t)MILI_MAX(count, 1) * sizeof *names);
+            size_t at = 0;
+            int64_t i = 0;
+            int nul = 0;
+            mili_json_iter it = mili_json_begin(list);
+            while (texts && names && mili_json_next(&it, &key, &value) && mili_json_kind(value) == '"') {
+                names[i++] = texts + at;
+                at += mili_json_copy(value, texts + at, bytes - at, &nul) + 1;
+            }
+            if (texts && names && i == count) mil_model_set_class_names(model, names, count);
+            else if (texts && names) mili_fail(ctx, MIL_ERROR_FORMAT, "%s: mil.classes is not a list of names", where);
+            mili_free(ctx, (void *)names, (size_t)MILI_MAX(count, 1) * sizeof *names);
+            mili_free(ctx, texts, bytes);
+        }
+    }
+    if (ctx->status != MIL_OK) { mil_model_free(model); return NULL; }
+    return model;
+}
+
+MIL_DEF mil_model *mil_open_memory(mil_context *ctx, const void *bytes, size_t size)
+{
+    mil_tensors *file;
+    if (!ctx || mil_tensors_open_memory(ctx, bytes, size, 0, &file) != MIL_OK) return NULL;
+    mil_model *model = mili_open_tensors(ctx, file, NULL, 0, "weights");
+    mil_tensors_free(file);
+    return model;
+}
+
+// ---- saving ----
+// Everything that a file of weights holds, as the writer wants it. Freed by mili_saved_free.
+typedef struct mili_saved {
+    mil_tensor  *tensor;
+    const char **name;
+    mil_meta    *meta;
+    int64_t      count, meta_count, meta_room;
+    mili_arena   arena;
+} mili_saved;
+
+MILI_FN void mili_saved_free(mil_context *ctx, mili_saved *s) { mili_arena_free(ctx, &s->arena); }
+
+MILI_FN void mili_saved_meta(mili_saved *s, const char *key, const char *value)
+{
+    s->meta[s->meta_count].key = key;
+    s->meta[s->meta_count++].value = value;
+}
+
+MILI_FN mil_status mili_saved_make(mil_model *model, mili_saved *s)
+{
+    mil_context *ctx = model->ctx;
+    memset(s, 0, sizeof *s);
+    const size_t n = (size_t)MILI_MAX(model->param_count, 1), config_size = mil_model_config(model, NULL, 0) + 1;
+    s->tensor = (mil_tensor *)mili_arena_alloc(ctx, &s->arena, n * sizeof *s->tensor);
+    s->name = (const char **)mili_arena_alloc(ctx, &s->arena, n * sizeof *s->name);
+    s->meta = (mil_meta *)mili_arena_alloc(ctx, &s->arena, (size_t)(model->meta_count + 4) * sizeof *s->meta);
+    char *config = (char *)mili_arena_alloc(ctx, &s->arena, config_size);
+    if (!s->tensor || !s->name || !s->meta || !config) return ctx->status;
+    mil_model_config(model, config, config_size);
+    mili_saved_meta(s, "mil.config", config);
+    mili_saved_meta(s, "mil.model", model->name);
+    mili_saved_meta(s, "mil.version", MIL_VERSION);
+    if (model->class_count) {
+        size_t room = 3, at = 0;
+        for (int64_t i = 0; i < model->class_count; i++) room += mili_json_string(NULL, 0, model->class_name[i]) + 1;
+        char *list = (char *)mili_arena_alloc(ctx, &s->arena, room);
+        if (!list) return ctx->status;
+        for (int64_t i = 0; i < model->class_count; i++) {
+            list[at++] = i ? ',' : '[';
+            at += mili_json_string(list + at, room - at, model->class_name[i]);
+        }
+        list[at++] = ']';
+        list[at] = 0;
+        mili_saved_meta(s, "mil.classes", list);
+    }
+    for (int64_t i = 0; i < model->meta_count; i++) mili_saved_meta(s, model->meta[i].key, model->meta[i].value);
+    const char *prefix = model->arch->prefix ? model->arch->prefix : "";
+    for (int64_t i = 0; i < model->param_count; i++) {
+        const mil_param *p = model->param[i];
+        const size_t size = strlen(prefix) + strlen(p->key) + 1, bytes = (size_t)p->count * mil_dtype_size(p->dtype);
+        char *name = (char *)mili_arena_alloc(ctx, &s->arena, size);
+        if (!name) return ctx->status;
+        snprintf(name, size, "%s%s", prefix, p->key);
+        const void *data = p->data;
+        if (!mili_host_memory(ctx)) {
+            void *copy = mili_arena_alloc(ctx, &s->arena, bytes);
+            if (!copy) return ctx->status;
+            ctx->backend->synchronize(ctx->backend_self);
+            if (mili_download(ctx, copy, p->data, bytes) != MIL_OK) return ctx->status;
+            data = copy;
+        }
+        s->name[i] = name;
+        s->tensor[i] = mil_tensor_make(data, p->dtype, p->rank, p->shape);
+        s->count++;
+    }
+    return MIL_OK;
+}
+
+MIL_DEF mil_status mil_save_memory(mil_model *model, void *dst, size_t *size)
+{
+    if (!model) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = model->ctx;
+    mili_enter(ctx);
+    mili_saved s;
+    if (mili_saved_make(model, &s) == MIL_OK) mil_tensors_write_memory(ctx, s.tensor, s.name, s.count, s.meta, s.meta_count, dst, size);
+    mili_saved_free(ctx, &s);
+    return ctx->status;
+}
+
+#ifndef MIL_NO_STDIO
+MIL_DEF mil_status mil_load_with(mil_model *model, const char *path, const mil_load_options *options)
+{
+    if (!model) return MIL_ERROR_ARGUMENT;
+    mil_tensors *file;
+    if (mil_tensors_open(model->ctx, path, 0, &file) != MIL_OK) return model->ctx->status;
+    mili_load_tensors(model, file, options, path);
+    mil_tensors_free(file);
+    return model->ctx->status;
+}
+
+MIL_DEF mil_status mil_load(mil_model *model, const char *path) { return mil_load_with(model, path, NULL); }
+
+MIL_DEF mil_model *mil_open(mil_context *ctx, const char *path)
+{
+    mil_tensors *file;
+    mil_file *beside = NULL;
+    if (!ctx || mil_tensors_open(ctx, path, 0, &file) != MIL_OK) return NULL;
+    if (!mil_tensors_meta(file, "mil.model")) {            // a foreign file: the hyperparameters may stand beside it
+        const char *slash = strrchr(path, '/');
+        const size_t folder = slash ? (size_t)(slash - path) + 1 : 0, room = folder + sizeof "config.json";
+        char *config = (char *)mili_alloc(ctx, room);
+        if (config) {
+            memcpy(config, path, folder);
+            memcpy(config + folder, "config.json", sizeof "config.json");
+            if (mil_file_open(ctx, config, 1 << 20, MIL_FILE_READ, &beside) != MIL_OK) { beside = NULL; mili_enter(ctx); }
+            mili_free(ctx, config, room);
+        }
+    }
+    mil_model *model = NULL;
+    if (ctx->status == MIL_OK)
+        model = mili_open_tensors(ctx, file, beside ? (const char *)mil_file_data(beside) : NULL, beside ? mil_file_size(beside) : 0, path);
+    mil_file_free(beside);
+    mil_tensors_free(file);
+    return model;
+}
+
+MIL_DEF mil_status mil_save(mil_model *model, const char *path)
+{
+    if (!model) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = model->ctx;
+    mili_enter(ctx);
+    mili_saved s;
+    if (mili_saved_make(model, &s) == MIL_OK) mil_tensors_write(ctx, path, s.tensor, s.name, s.count, s.meta, s.meta_count);
+    mili_saved_free(ctx, &s);
+    return ctx->status;
+}
+#endif
+
+// ---- recording a forward pass ----
+MIL_DEF mil_bag mil_bag_make(const float *features, int64_t instances, int64_t dim)
+{
+    mil_bag bag;
+    memset(&bag, 0, sizeof bag);
+    bag.features = mil_tensor_matrix(features, MIL_F32, instances, dim);
+    return bag;
+}
+
+MIL_DEF mil_target mil_target_class(int64_t label)
+{
+    mil_target t;
+    memset(&t, 0, sizeof t);
+    t.loss = MIL_LOSS_CE;
+    t.label = label;
+    t.count = 1;
+    t.pos_weight = 1;
+    return t;
+}
+
+MIL_DEF mil_target mil_target_value(double value)
+{
+    mil_target t = mil_target_class(0);
+    t.loss = MIL_LOSS_BCE;
+    t.value = value;
+    return t;
+}
+
+MIL_DEF mil_node *mil_outputs_find(const mil_outputs *out, const char *name)
+{
+    if (!out || !name) return NULL;
+    if (strcmp(name, "logits") == 0) return out->logits;
+    if (strcmp(name, "loss") == 0) return out->loss;
+    if (strcmp(name, "attention") == 0) return out->attention;
+    if (strcmp(name, "attention_scores") == 0) return out->attention_scores;
+    if (strcmp(name, "attention_weights") == 0) return out->attention_weights;
+    if (strcmp(name, "contribution") == 0) return out->contribution;
+    if (strcmp(name, "slide_feats") == 0) return out->slide_feats;
+    if (strcmp(name, "features") == 0) return out->features;
+    for (int i = 0; i < out->extra_count; i++) if (strcmp(out->extra[i].name, name) == 0) return out->extra[i].node;
+    return NULL;
+}
+
+MIL_DEF void mil_output(mil_outputs *out, const char *name, mil_node *node)
+{
+    if (!node) return;
+    if (out->extra_count == MIL_MAX_OUTPUTS) {
+        mil_tape_fail(node->tape, MIL_ERROR_UNSUPPORTED, "output %s: a model has at most %d outputs by name", name, MIL_MAX_OUTPUTS);
+        return;
+    }
+    out->extra[out->extra_count].name = name;
+    out->extra[out->extra_count++].node = node;
+}
+
+MIL_DEF mil_node *mil_inputs_find(const mil_inputs *in, const char *name)
+{
+    for (int i = 0; i < in->bag->extra_count; i++)
+        if (in->bag->extra[i].name && strcmp(in->bag->extra[i].name, name) == 0) return mil_input(in->tape, name, &in->bag->extra[i].tensor);
+    return NULL;
+}
+
+// A tensor [N, ..] as [1, N, ..]; one that has the batch axis stays.
+MILI_FN int mili_with_batch(mil_tensor *t, int rank)
+{
+    if (t->rank == rank) return 1;
+    if (t->rank != rank - 1) return 0;
+    int64_t stride[MIL_MAX_RANK];
+    mili_tensor_strides(t, stride);
+    for (int a = rank - 1; a > 0; a--) { t->shape[a] = t->shape[a - 1]; t->stride[a] = stride[a - 1]; }
+    t->shape[0] = 1;
+    t->stride[0] = stride[0] * t->shape[1];
+    t->rank = rank;
+    return 1;
+}
+
+MILI_FN mil_node *mili_bag_input(mil_tape *tape, const char *name, const mil_tensor *t, int rank, int64_t B, int64_t N, int64_t cols)
+{
+    mil_tensor copy = *t;
+    if (!t->data) return NULL;
+    if (mil_tensor_count(t) < 0 || !mili_with_batch(&copy, rank) || copy.shape[0] != B || copy.shape[1] != N || (rank > 2 && copy.shape[2] != cols)) {
+        mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "bag: %s is %s, the features have %lld bags of %lld instances", name,
+                      mili_shape_text(MILI_MAX(0, MILI_MIN(t->rank, MIL_MAX_RANK)), t->shape).s, (long long)B, (long long)N);
+        return NULL;
+    }
+    return mil_input(tape, name, &copy);
+}
+
+MIL_DEF mil_status mil_model_record(mil_tape *tape, mil_model *model, const mil_bag *bag, const mil_target *target, mil_outputs *out)
+{
+    if (!tape) return MIL_ERROR_ARGUMENT;
+    if (out) memset(out, 0, sizeof *out);
+    if (tape->status != MIL_OK) return tape->status;
+    if (!model || !bag || !out) { mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_model_record: model, bag or out is NULL"); return tape->status; }
+    mil_inputs in;
+    memset(&in, 0, sizeof in);
+    mil_tensor f = bag->features;
+    mil_tape_push(tape, model->arch->name);
+    const int64_t D = mil_model_in_dim(model);
+    if (mil_tensor_count(&f) < 0 || !f.data || (f.rank != 2 && f.rank != 3))
+        mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "bag: features must be [N, %lld] or [B, N, %lld] with data", (long long)D, (long long)D);
+    else if (f.shape[f.rank - 1] != D)
+        mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "bag: features %s, the model takes width %lld", mili_shape_text(f.rank, f.shape).s, (long long)D);
+    else if (!mili_with_batch(&f, 3) || f.shape[0] < 1 || f.shape[1] < 1)
+        mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "bag: features %s hold no instance", mili_shape_text(f.rank, f.shape).s);
+    else if (f.shape[0] > 1 && !(model->arch->flags & MIL_MODEL_BATCHES))
+        mil_tape_fail(tape, MIL_ERROR_UNSUPPORTED, "bag: %lld bags in one call, the model takes one", (long long)f.shape[0]);
+    else if (bag->mask.data && !(model->arch->flags & MIL_MODEL_MASK))
+        mil_tape_fail(tape, MIL_ERROR_UNSUPPORTED, "bag: the model has no mask");
+    else if (!bag->coords.data && (model->arch->flags & MIL_MODEL_COORDS))
+        mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "bag: the model needs coords");
+    else {
+        in.tape = tape;
+        in.ctx = tape->ctx;
+        in.bag = bag;
+        in.target = target;
+        in.features = out->features = mil_input(tape, "features", &f);
+        if (in.features && (tape->options & (1u << MIL_TAPE_INPUT_GRADS))) in.features->flags |= MILI_WANTS_GRAD;
+        in.mask = mili_bag_input(tape, "mask", &bag->mask, 2, f.shape[0], f.shape[1], 0);
+        in.coords = mili_bag_input(tape, "coords", &bag->coords, 3, f.shape[0], f.shape[1], 2);
+        if (tape->status == MIL_OK) model->arch->forward(model->layers, model->config, &in, out);
+    }
+    mil_tape_pop(tape);
+    return tape->status;
+}
+
 // ==== >>model-blocks: the models ==================================================================================
+//
+// Each block: the paper and its equations, the table of options (names and defaults of the reference), the parameters under
+// the reference's keys, the forward pass. x [B, N, in_dim] are the instances of B bags.
+
+#define MILI_OPTION_ROW(T, type, member, value, choices, doc) { #member, type, offsetof(T, member), value, choices, doc },
+
+// Scores of missing instances become the most negative number, and their features zero, so that a NaN in padding spoils
+// nothing. A bag without any real instance is left as it is: it then attends to all equally, as the references do.
+MILI_FN mil_node *mili_mask_column(mil_node *mask)         // [B, N] -> [B, N, 1]
+{
+    if (!mask) return NULL;
+    int64_t shape[3];
+    shape[0] = mask->shape[0];
+    shape[1] = mask->shape[1];
+    shape[2] = 1;
+    return mil_reshape(mask, 3, shape);
+}
+
+MILI_FN mil_node *mili_mask_features(mil_node *x, mil_node *mask)              // mask [B, N, 1] or NULL
+{
+    if (!mask) return x;
+    mil_node *none = mil_affine(mil_max(mask, 1), -1, 1);                      // [B, 1, 1]  1 when all are missing
+    return mil_mask_fill(x, mil_maximum(mask, none), 0);
+}
+
+// The summand of each instance in each logit, for pooling by weights and a linear head: p_n (W h_n), without the bias.
+// weights [B, N, 1], h [B, N, E] -> [B, N, C]
+MILI_FN mil_node *mili_contribution(const mil_linear_layer *head, mil_node *weights, mil_node *h)
+{
+    if (!h || !weights) return NULL;
+    return mil_mul(mil_linear(h, mil_use(h->tape, head->weight), NULL), weights);
+}
+
+MILI_FN mil_node *mili_bag_loss(const mil_inputs *in, mil_node *logits)
+{
+#ifdef MIL_NO_TRAINING
+    MILI_UNUSED(in);
+    MILI_UNUSED(logits);
+    return NULL;
+#else
+    return in->target ? mil_loss_node(logits, in->target) : NULL;
+#endif
+}
+
+// ---- abmil: attention-based pooling (Ilse, Tomczak, Welling, ICML 2018), as MIL-Lab has it -----------------------------
+//   h_n = embed(x_n)      a_n = scorer(h_n)      p = softmax_n(a)      z = sum_n p_n h_n      logits = W z + b
+typedef struct mili_abmil_config { int64_t in_dim, num_classes, embed_dim, attn_dim, num_fc_layers; int gate; double dropout; } mili_abmil_config;
+
+#define MILI_ABMIL_OPTIONS(X)                                                                                              \
+    X(MIL_OPTION_INT,  in_dim,        "1024", "1..1000000", "width D of an instance")                                      \
+    X(MIL_OPTION_INT,  num_classes,   "2",    "0..1000000", "classes C; 0: no classifier, only slide features")            \
+    X(MIL_OPTION_INT,  embed_dim,     "512",  "1..1000000", "width E of an embedded instance")                             \
+    X(MIL_OPTION_INT,  attn_dim,      "384",  "1..1000000", "width A inside the attention scorer")                         \
+    X(MIL_OPTION_INT,  num_fc_layers, "1",    "1..16",      "layers of the patch MLP")                                     \
+    X(MIL_OPTION_BOOL, gate,          "true", NULL,         "gated attention (eq. 9) or plain (eq. 8)")                    \
+    X(MIL_OPTION_REAL, dropout,       "0.25", "0..1",       "rate between the MLP's layers and in the scorer")
+
+static const mil_option mili_abmil_options[] = {
+#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_abmil_config, type, member, value, choices, doc)
+    MILI_ABMIL_OPTIONS(MILI_ROW)
+#undef MILI_ROW
+};
+static const mil_config mili_abmil_configs[] = { { "base", "" } };
+
+typedef struct mili_abmil { mil_patch_mlp embed; mil_attention_scorer scorer; mil_linear_layer classifier; } mili_abmil;
+
+MILI_FN void mili_abmil_declare(mil_builder *b, void *model, const void *config)
+{
+    mili_abmil *m = (mili_abmil *)model;
+    const mili_abmil_config *c = (const mili_abmil_config *)config;
+    m->embed = mil_declare_patch_mlp(b, c->in_dim, c->embed_dim, c->num_fc_layers, c->dropout, "patch_embed");
+    m->scorer = mil_declare_attention_scorer(b, c->embed_dim, c->attn_dim, 1, c->gate, c->dropout, "global_attn");
+    if (c->num_classes > 0) m->classifier = mil_declare_linear(b, c->embed_dim, c->num_classes, 1, MIL_LINEAR_KAIMING, "classifier");
+}
+
+MILI_FN void mili_abmil_forward(const void *model, const void *config, const mil_inputs *in, mil_outputs *out)
+{
+    const mili_abmil *m = (const mili_abmil *)model;
+    const mili_abmil_config *c = (const mili_abmil_config *)config;
+    mil_node *mask = mili_mask_column(in->mask);
+    mil_node *h = mil_patch_mlp_forward(&m->embed, mili_mask_features(in->features, mask));    // [B, N, E]
+    mil_node *a = mil_attention_scores(&m->scorer, h);                                         // [B, N, 1]
+    if (mask) a = mil_mask_fill(a, mask, -(double)MILI_REAL_MAX);
+    mil_node *z = mil_softmax_pool(a, h);                                                      // [B, 1, E]
+
+    out->attention = mil_transpose(a);                                                         // [B, 1, N]
+    out->attention_scores = a;
+    out->attention_weights = mil_softmax(a, 1);                                                // [B, N, 1]
+    out->slide_feats = mil_squeeze(z, 1);                                                      // [B, E]
+    if (c->num_classes == 0) return;
+    out->contribution = mili_contribution(&m->classifier, out->attention_weights, h);          // [B, N, C]
+    out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, C]
+    out->loss = mili_bag_loss(in, out->logits);
+}
+
+// ---- abmil.torchmil: the same pooling over raw instances, binary, as torchmil has it --------------------------------
+//   x_n <- feat_ext(x_n)      a_n = w . act(V x_n + b) [* sigmoid(U x_n + c)]      z = sum_n softmax(a)_n x_n      logit = v . z + d
+typedef struct mili_abmil_torchmil_config { int64_t in_dim, att_dim; int att_act, gated; mil_int_list feat_ext_sizes; mil_text_list feat_ext_activations; } mili_abmil_torchmil_config;
+
+#define MILI_ABMIL_TORCHMIL_OPTIONS(X)                                                                                     \
+    X(MIL_OPTION_INT,    in_dim,               "1024",  "1..1000000",     "width of an instance")                          \
+    X(MIL_OPTION_INT,    att_dim,              "128",   "1..1000000",     "width A inside the attention")                  \
+    X(MIL_OPTION_CHOICE, att_act,              "tanh",  "tanh|relu|gelu", "activation of the attention")                   \
+    X(MIL_OPTION_BOOL,   gated,                "false", NULL,             "gated attention")                               \
+    X(MIL_OPTION_INTS,   feat_ext_sizes,       "null",  "1..1000000",     "widths of an MLP before the attention")         \
+    X(MIL_OPTION_TEXTS,  feat_ext_activations, "null",  NULL,             "its activations: a name with relu, sigmoid or tanh; else none")
+
+static const mil_option mili_abmil_torchmil_options[] = {
+#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_abmil_torchmil_config, type, member, value, choices, doc)
+    MILI_ABMIL_TORCHMIL_OPTIONS(MILI_ROW)
+#undef MILI_ROW
+};
+static const mil_config mili_torchmil_configs[] = { { "torchmil", "" } };
+
+typedef struct mili_abmil_torchmil { mil_mlp feat_ext; mil_attention_scorer pool; mil_linear_layer classifier; } mili_abmil_torchmil;
+
+MILI_FN void mili_abmil_torchmil_declare(mil_builder *b, void *model, const void *config)
+{
+    mili_abmil_torchmil *m = (mili_abmil_torchmil *)model;
+    const mili_abmil_torchmil_config *c = (const mili_abmil_torchmil_config *)config;
+    const int64_t D = mil_declare_mlp(b, c->in_dim, &c->feat_ext_sizes, &c->feat_ext_activations, &m->feat_ext, "feat_ext.net");
+    m->pool = mil_declare_attention_pool(b, D, c->att_dim, (mil_activation)(c->att_act == 0 ? MIL_ACT_TANH : c->att_act == 1 ? MIL_ACT_RELU : MIL_ACT_GELU), c->gated, "pool");
+    m->classifier = mil_declare_linear(b, D, 1, 1, MIL_LINEAR_TORCH, "classifier.module");
+}
+
+MILI_FN void mili_abmil_torchmil_forward(const void *model, const void *config, const mil_inputs *in, mil_outputs *out)
+{
+    const mili_abmil_torchmil *m = (const mili_abmil_torchmil *)model;
+    MILI_UNUSED(config);
+    mil_node *mask = mili_mask_column(in->mask);
+    mil_node *x = mil_mlp_forward(&m->feat_ext, mili_mask_features(in->features, mask));       // [B, N, D]
+    mil_node *f = mil_attention_scores(&m->pool, x);                                           // [B, N, 1]
+    mil_node *a = mask ? mil_mask_fill(f, mask, -(double)MILI_INF) : f;
+    mil_node *z = mil_softmax_pool(a, x);                                                      // [B, 1, D]
+
+    // The reference reports the scores of padding as it finds it.
+    mil_node *raw = mask ? mil_attention_scores(&m->pool, mil_mlp_forward(&m->feat_ext, in->features)) : f;
+    out->attention = mil_squeeze(raw, 2);                                                      // [B, N]
+    out->attention_scores = a;
+    out->attention_weights = mil_softmax(a, 1);                                                // [B, N, 1]
+    out->slide_feats = mil_squeeze(z, 1);                                                      // [B, D]
+    out->contribution = mili_contribution(&m->classifier, out->attention_weights, x);          // [B, N, 1]
+    out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, 1]
+    out->loss = mili_bag_loss(in, out->logits);
+}
+
+// ---- the registry: a row per model ----
+#define MILI_ROW(name, title, citation, prefix, T, configs, head, flags) \
+    { name, title, citation, prefix, T##_options, MILI_COUNT(T##_options), sizeof(T##_config), configs, MILI_COUNT(configs), \
+      sizeof(T), head, flags, T##_declare, T##_forward }
+
+static const mil_architecture mili_architectures[] = {
+    MILI_ROW("abmil", "attention pooling, one weight per patch", "Ilse, Tomczak, Welling: Attention-based Deep Multiple Instance Learning, ICML 2018",
+             "model.", mili_abmil, mili_abmil_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
+    MILI_ROW("abmil", "attention pooling over raw features, binary (torchmil)", "Ilse, Tomczak, Welling: Attention-based Deep Multiple Instance Learning, ICML 2018",
+             "", mili_abmil_torchmil, mili_torchmil_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
+};
+#undef MILI_ROW
+
+MIL_DEF int64_t mil_architecture_count(void) { return MILI_COUNT(mili_architectures); }
+MIL_DEF const mil_architecture *mil_architecture_at(int64_t i) { return i >= 0 && i < MILI_COUNT(mili_architectures) ? &mili_architectures[i] : NULL; }
 
 // ==== >>loss-code: cross-entropy, binary cross-entropy ============================================================
+#ifndef MIL_NO_TRAINING
+MIL_DEF mil_node *mil_loss_node(mil_node *logits, const mil_target *target)
+{
+    if (!logits || !target) return NULL;
+    return mil_tape_fail(logits->tape, MIL_ERROR_UNSUPPORTED, "loss %d", (int)target->loss);
+}
+#endif
+
 
 // ==== >>train-code: optimizers, schedules, trainer ================================================================
 
