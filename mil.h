@@ -10493,6 +10493,138 @@ MIL_DEF mil_node *mil_loss_node(mil_node *logits, const mil_target *target)
 #endif
 
 
+MIL_DEF mil_target mil_target_class(int64_t label)
+{
+    mil_target t;
+    memset(&t, 0, sizeof t);
+    t.loss = MIL_LOSS_CE;
+    t.label = label;
+    t.count = 1;
+    t.pos_weight = 1;
+    return t;
+}
+
+MIL_DEF mil_target mil_target_value(double value)
+{
+    mil_target t = mil_target_class(0);
+    t.loss = MIL_LOSS_BCE;
+    t.value = value;
+    return t;
+}
+
+#ifndef MIL_NO_TRAINING
+// Cross-entropy of x [B, C] with labels y [B], class weights w [C] and label smoothing e, as torch reduces it:
+//   loss = ( (1 - e) sum_b w[y_b] (-log p[b,y_b]) + e/C sum_b sum_c w[c] (-log p[b,c]) ) / sum_b w[y_b]
+// The first sum reads the labels' own columns only, so that a logit of -inf elsewhere does no harm.
+MIL_DEF mil_node *mil_cross_entropy(mil_node *logits, mil_node *labels, mil_node *class_weights, double label_smoothing)
+{
+    if (!logits || !labels) return NULL;
+    mil_tape *tape = logits->tape;
+    if (logits->rank != 2 || logits->shape[0] < 1 || logits->shape[1] < 1)
+        return mil_tape_fail(tape, MIL_ERROR_SHAPE, "cross-entropy: logits %s where [B, C] is needed", MILI_SHAPE(logits));
+    const int64_t B = logits->shape[0], C = logits->shape[1];
+    if (labels->count != B)
+        return mil_tape_fail(tape, MIL_ERROR_SHAPE, "cross-entropy: labels %s for logits %s", MILI_SHAPE(labels), MILI_SHAPE(logits));
+    if (class_weights && class_weights->count != C)
+        return mil_tape_fail(tape, MIL_ERROR_SHAPE, "cross-entropy: class weights %s for %lld classes", MILI_SHAPE(class_weights), (long long)C);
+    if (!(label_smoothing >= 0 && label_smoothing <= 1))
+        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "cross-entropy: label smoothing %g is not in 0..1", label_smoothing);
+
+    mil_node *w = class_weights ? mil_reshape(class_weights, 1, &C) : NULL;                   // [C]
+    mil_node *hot = mil_one_hot(mil_reshape(labels, 1, &B), C);                               // [B, C], 1 at the label
+    mil_node *lp = mil_log_softmax(logits, 1);                                                // [B, C]
+    mil_node *own = mil_mask_fill(lp, hot, 0);                                                // log p at the label, else 0
+    mil_node *sum = mil_sum_all(w ? mil_mul(own, w) : own);
+    if (label_smoothing > 0) {
+        mil_node *all = mil_sum_all(w ? mil_mul(lp, w) : lp);
+        sum = mil_add(mil_affine(sum, 1 - label_smoothing, 0), mil_affine(all, label_smoothing / (double)C, 0));
+    }
+    if (!w) return mil_affine(sum, -1 / (double)B, 0);
+    return mil_div(mil_affine(sum, -1, 0), mil_sum_all(mil_mul(hot, w)));
+}
+
+// Binary cross-entropy of x with targets t in 0..1, mean over all elements:
+//   t q softplus(-x) + (1 - t) softplus(x),  q = pos_weight, softplus(x) = log(1 + e^x) = -log(1 - sigmoid(x))
+// Nothing cancels: a sure and right logit of either sign keeps its small loss.
+MIL_DEF mil_node *mil_bce_with_logits(mil_node *logits, mil_node *targets, double pos_weight)
+{
+    if (!logits || !targets) return NULL;
+    mil_tape *tape = logits->tape;
+    if (logits->count < 1 || logits->count != targets->count)
+        return mil_tape_fail(tape, MIL_ERROR_SHAPE, "binary cross-entropy: targets %s for logits %s", MILI_SHAPE(targets), MILI_SHAPE(logits));
+    if (!(pos_weight >= 0 && mili_is_finite_f64(pos_weight)))
+        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "binary cross-entropy: pos_weight %g", pos_weight);
+    mil_node *t = mil_reshape(targets, logits->rank, logits->shape);
+    mil_node *yes = mil_mul(mil_affine(t, pos_weight, 0), mil_softplus(mil_affine(logits, -1, 0)));
+    mil_node *no = mil_mul(mil_affine(t, -1, 1), mil_softplus(logits));
+    return mil_affine(mil_sum_all(mil_add(yes, no)), 1 / (double)logits->count, 0);
+}
+
+// A copy in the tape's own memory, so that what the target points to may go away after the call.
+MILI_FN mil_node *mili_target_input(mil_tape *tape, const char *name, const void *values, mil_dtype dtype, int64_t count)
+{
+    const size_t bytes = (size_t)count * mil_dtype_size(dtype);
+    void *copy = mili_arena_alloc(tape->ctx, &tape->arena, bytes);
+    if (!copy) return mili_tape_fail_ctx(tape);
+    memcpy(copy, values, bytes);
+    const mil_tensor t = mil_tensor_make(copy, dtype, 1, &count);
+    return mil_input(tape, name, &t);
+}
+
+MILI_FN mil_node *mili_loss_ce(mil_node *logits, const mil_target *target)
+{
+    mil_tape *tape = logits->tape;
+    const int64_t *labels = target->labels ? target->labels : &target->label;
+    const double *weights = target->class_weights;
+    if (logits->rank != 2) return mil_tape_fail(tape, MIL_ERROR_SHAPE, "loss: logits %s where [B, C] is needed", MILI_SHAPE(logits));
+    const int64_t B = logits->shape[0], C = logits->shape[1];
+    if (target->count != B || (!target->labels && B != 1))
+        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "loss: %lld label%s for a batch of %lld", (long long)(target->labels ? target->count : 1),
+                             target->labels && target->count != 1 ? "s" : "", (long long)B);
+    double sum = 0;
+    for (int64_t b = 0; b < B; b++) {
+        if (labels[b] < 0 || labels[b] >= C)
+            return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "loss: label %lld of bag %lld is not one of the classes 0..%lld",
+                                 (long long)labels[b], (long long)b, (long long)(C - 1));
+        if (weights) sum += weights[labels[b]];
+    }
+    mil_node *w = NULL;
+    if (weights) {
+        for (int64_t c = 0; c < C; c++)
+            if (!(weights[c] >= 0 && mili_is_finite_f64(weights[c])))
+                return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "loss: the weight of class %lld is %g", (long long)c, weights[c]);
+        if (!(sum > 0)) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "loss: the weights of this batch's classes sum to 0");
+        w = mili_target_input(tape, "class weights", weights, MIL_F64, C);
+    }
+    return mil_cross_entropy(logits, mili_target_input(tape, "labels", labels, MIL_I64, B), w, target->label_smoothing);
+}
+
+MILI_FN mil_node *mili_loss_bce(mil_node *logits, const mil_target *target)
+{
+    mil_tape *tape = logits->tape;
+    const double *values = target->values ? target->values : &target->value;
+    const int64_t count = target->values ? target->count : 1;
+    if (count != logits->count)
+        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "loss: %lld target value%s for logits %s", (long long)count, count == 1 ? "" : "s", MILI_SHAPE(logits));
+    for (int64_t i = 0; i < count; i++)
+        if (!(values[i] >= 0 && values[i] <= 1))
+            return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "loss: target value %lld is %g, not in 0..1", (long long)i, values[i]);
+    return mil_bce_with_logits(logits, mili_target_input(tape, "targets", values, MIL_F64, count), target->pos_weight);
+}
+
+MIL_DEF mil_node *mil_loss_node(mil_node *logits, const mil_target *target)
+{
+    if (!logits) return NULL;
+    if (!target) return mil_tape_fail(logits->tape, MIL_ERROR_ARGUMENT, "loss: target is NULL");
+    switch (target->loss) {
+    case MIL_LOSS_CE:  return mili_loss_ce(logits, target);
+    case MIL_LOSS_BCE: return mili_loss_bce(logits, target);
+    case MIL_LOSS_COUNT: break;
+    }
+    return mil_tape_fail(logits->tape, MIL_ERROR_ARGUMENT, "loss: %d is no loss", (int)target->loss);
+}
+#endif
+
 // ==== >>train-code: optimizers, schedules, trainer ================================================================
 
 // ==== >>score-code: scorer ========================================================================================
