@@ -10485,34 +10485,6 @@ MIL_DEF const mil_architecture *mil_architecture_at(int64_t i) { return i >= 0 &
 
 // ==== >>loss-code: cross-entropy, binary cross-entropy ============================================================
 #ifndef MIL_NO_TRAINING
-MIL_DEF mil_node *mil_loss_node(mil_node *logits, const mil_target *target)
-{
-    if (!logits || !target) return NULL;
-    return mil_tape_fail(logits->tape, MIL_ERROR_UNSUPPORTED, "loss %d", (int)target->loss);
-}
-#endif
-
-
-MIL_DEF mil_target mil_target_class(int64_t label)
-{
-    mil_target t;
-    memset(&t, 0, sizeof t);
-    t.loss = MIL_LOSS_CE;
-    t.label = label;
-    t.count = 1;
-    t.pos_weight = 1;
-    return t;
-}
-
-MIL_DEF mil_target mil_target_value(double value)
-{
-    mil_target t = mil_target_class(0);
-    t.loss = MIL_LOSS_BCE;
-    t.value = value;
-    return t;
-}
-
-#ifndef MIL_NO_TRAINING
 // Cross-entropy of x [B, C] with labels y [B], class weights w [C] and label smoothing e, as torch reduces it:
 //   loss = ( (1 - e) sum_b w[y_b] (-log p[b,y_b]) + e/C sum_b sum_c w[c] (-log p[b,c]) ) / sum_b w[y_b]
 // The first sum reads the labels' own columns only, so that a logit of -inf elsewhere does no harm.
