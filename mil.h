@@ -1936,7 +1936,7 @@ MILI_INLINE double mili_random_gauss(uint64_t seed, uint64_t stream, uint64_t co
 //   - y[i] = f(x[i]) depends on x[i] only: the last few elements go through the same vector arithmetic as the others;
 //   - sums have a fixed order that depends on n only, never on an address.
 // Nothing is read or written outside the arrays given; nothing needs alignment (64 bytes are a little faster). The last
-// bits may differ from one tier to another.
+// bits may differ from one tier to another. (Under gcc's -ffast-math the plain tier does not keep the same bits.)
 //
 //   const mili_kernels *mili_kernels_choose(mil_cpu wanted)           NULL: this CPU or this build lacks that tier
 //
@@ -1983,16 +1983,19 @@ MILI_INLINE double mili_random_gauss(uint64_t seed, uint64_t stream, uint64_t co
 
 #if defined(__GNUC__) || defined(__clang__)
 #define MILI_LANES static inline __attribute__((always_inline, unused))  // arithmetic on one vector, never a call
+#define MILI_PREFETCH(p) __builtin_prefetch(p)
 #else
 #define MILI_LANES static
+#define MILI_PREFETCH(p) ((void)(p))
 #endif
 
-#define MILI_KC 256                    // products summed up in registers before C is touched: A tile and B panel stay in cache
+#define MILI_KC 256                    // products summed up in registers before C is touched
 #define MILI_KC_STEP (MILI_KC + 16)    // row step of an A tile; 1024 bytes would crowd the rows into few cache sets
 #define MILI_MR_MAX 12                 // rows of a tile of C, at most
 #define MILI_NR_MAX 32                 // its columns, at most
 #define MILI_THIN 8                    // up to this n: dot products instead of tiles
-#define MILI_GEMM_BLOCK 65536          // reals of B in use at a time: they stay in the L2 cache
+#define MILI_GEMM_BLOCK 65536          // reals of B that are packed into scratch at a time
+#define MILI_PACKED_BLOCK 131072       // reals of packed B in use at a time: they stay in the L2 cache
 
 // C tile [rows, nr] = start + A B, or C += A B with `add`. A: element (r, p) stands at a[r * MILI_KC_STEP + p], or, by
 // column, at a[p * mr + r]. B: nr reals per p, b_step apart. start [nr]: what the accumulators of each row begin with.
@@ -2229,7 +2232,9 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
     }
 
 // Vector maths for float, FMA at hand; polynomials fitted for least relative error. Largest errors over all floats, in
-// units in the last place:  MILI_ERRORS_HERE
+// units in the last place: exp 1.1, tanh 2.5, sigmoid 2.5, erf 2, silu 3.1, gelu 7 (silu and gelu: where the result is above
+// 1e-35). silu_grad and gelu_grad cross zero: absolute error 1e-7 and 2e-7. Infinities give the limits, NaN gives NaN.
+// -ffast-math keeps all that but for subnormal numbers, which it may flush to 0.
 #define MILI_DEFINE_MATHS(T, TARGET) \
     /* x = n log 2 + r with |r| <= (log 2) / 2; returns exp(r) - 1. log 2 in two parts: n times the first is exact. */ \
     MILI_LANES TARGET T##_v T##_expm1_part(T##_v x, T##_v *n) \
@@ -2278,8 +2283,8 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
         const T##_v t = T##_max(T##_min(x, T##_set(104)), T##_set(-104)); \
         return T##_keep_nan(x, T##_fma(s, T##_mul(t, s1), s)); \
     } \
-    /* Upper tail of the normal distribution, t >= 0: Q(t) = erfc(t / sqrt 2) / 2 = *e u poly(u - 5/8), u = 1 / (1 + 5 t / 16), \
-       *e = exp(-t t / 2) where the rounding error of t t is put back in. */ \
+    /* Upper tail of the normal distribution: Q(t) = erfc(t / sqrt 2) / 2 = *e u poly(u - 5/8), u = 1 / (1 + 5 t / 16); \
+       *e = exp(-t t / 2), with the rounding error of t t put back in. */ \
     MILI_LANES TARGET T##_v T##_tail(T##_v t, T##_v *e) \
     { \
         const T##_v square = T##_mul(t, t), error = T##_fma(t, t, T##_sub(T##_set(0), square)); \
@@ -2329,7 +2334,7 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
         const T##_v phi = T##_negative(x, q, T##_sub(T##_set(1), q)); \
         return T##_keep_nan(x, T##_fma(T##_mul(t, T##_set(0.398942280f)), e, phi)); \
     } \
-    MILI_LANES TARGET T##_v T##_relu(T##_v x) { return T##_max(T##_set(0), x); }
+    MILI_LANES TARGET T##_v T##_relu(T##_v x) { return T##_keep_nan(x, T##_max(T##_set(0), x)); }
 
 // All kernels of a tier, and its table. T_exp ... T_relu and T_gate stand before it: MILI_DEFINE_MATHS, or libm.
 #define MILI_DEFINE_TIER(T, TARGET, EACH_R, tier, text) \
@@ -2403,14 +2408,24 @@ MILI_LANES mil_real mili_rounded(mil_real x)
 #else
 MILI_LANES mil_real mili_rounded(mil_real x) { return x; }
 #endif
+
+// a b + c. Where the CPU fuses the two, say so: a compiler left to itself fuses in one place and not in another.
+#if MILI_REAL_IS_DOUBLE && defined(FP_FAST_FMA)
+MILI_LANES mil_real mili_lane_fma(mil_real a, mil_real b, mil_real c) { return fma(a, b, c); }
+#elif !MILI_REAL_IS_DOUBLE && defined(FP_FAST_FMAF)
+MILI_LANES mil_real mili_lane_fma(mil_real a, mil_real b, mil_real c) { return fmaf(a, b, c); }
+#else
+MILI_LANES mil_real mili_lane_fma(mil_real a, mil_real b, mil_real c) { return mili_rounded(a * b + c); }
+#endif
+
 MILI_LANES mil_real mili_plain_sum(mili_plain_v v) 
 {
     return mili_rounded(mili_rounded(v.x + v.z) + mili_rounded(v.y + v.w));
 }
 MILI_LANES mili_plain_v mili_plain_fma(mili_plain_v a, mili_plain_v b, mili_plain_v c)
 {
-    return mili_plain_make(mili_rounded(c.x + a.x * b.x), mili_rounded(c.y + a.y * b.y), mili_rounded(c.z + a.z * b.z),
-                           mili_rounded(c.w + a.w * b.w));
+    return mili_plain_make(mili_lane_fma(a.x, b.x, c.x), mili_lane_fma(a.y, b.y, c.y), mili_lane_fma(a.z, b.z, c.z),
+                           mili_lane_fma(a.w, b.w, c.w));
 }
 
 // One lane: the formulas as in MILI_DEFINE_MATHS.
@@ -2434,7 +2449,7 @@ MILI_LANES mil_real mili_lane_silu(mil_real x) { return mili_rounded((x < -1000 
 MILI_LANES mil_real mili_lane_silu_grad(mil_real x)
 {
     const mil_real t = x < -1000 ? -1000 : x > 1000 ? 1000 : x, s = mili_lane_sigmoid(t);
-    return mili_rounded(s + mili_rounded(s * mili_rounded(t * mili_lane_sigmoid(-t))));
+    return mili_lane_fma(s, mili_rounded(t * mili_lane_sigmoid(-t)), s);
 }
 MILI_LANES mil_real mili_lane_phi(mil_real t)                            // normal distribution function
 {
@@ -2448,10 +2463,11 @@ MILI_LANES mil_real mili_lane_gelu(mil_real x)
 MILI_LANES mil_real mili_lane_gelu_grad(mil_real x)
 {
     const mil_real t = x < -100 ? -100 : x > 100 ? 100 : x;
-    const mil_real density = mili_rounded((mil_real)0.39894228040143267794 * mili_lane_exp(mili_rounded((mil_real)-0.5 * t * t)));
-    return mili_rounded(mili_lane_phi(t) + mili_rounded(t * density));
+    const mil_real e = mili_lane_exp(mili_rounded((mil_real)-0.5 * t * t));
+    const mil_real density = mili_rounded((mil_real)0.39894228040143267794 * e);
+    return mili_lane_fma(t, density, mili_lane_phi(t));
 }
-MILI_LANES mil_real mili_lane_relu(mil_real x) { return x < 0 ? 0 : x; }
+MILI_LANES mil_real mili_lane_relu(mil_real x) { return mili_lane_keep_nan(x, x < 0 ? 0 : x); }
 
 #define MILI_PLAIN_1(f) \
     MILI_LANES mili_plain_v mili_plain_##f(mili_plain_v a) \
@@ -2564,7 +2580,10 @@ MILI_LANES MILI_AVX2 float mili_avx2_sum(__m256 v)
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
-MILI_LANES MILI_AVX2 __m256 mili_avx2_round(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+MILI_LANES MILI_AVX2 __m256 mili_avx2_round(__m256 x)
+{
+    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 MILI_LANES MILI_AVX2 __m256 mili_avx2_power(__m256i n)                   // 2^n, n in -126..127
 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
@@ -2591,7 +2610,8 @@ MILI_LANES MILI_AVX2 __m256 mili_avx2_less(__m256 x, __m256 y, __m256 a, __m256 
 }
 MILI_LANES MILI_AVX2 __m256 mili_avx2_keep_nan(__m256 x, __m256 y)
 {
-    return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(mili_avx2_abs_bits(x), _mm256_set1_epi32(0x7f800000))));
+    const __m256i nan = _mm256_cmpgt_epi32(mili_avx2_abs_bits(x), _mm256_set1_epi32(0x7f800000));
+    return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(nan));
 }
 
 static MILI_AVX2 void mili_avx2_from_f16(float *dst, const void *src, int64_t n)
@@ -2865,7 +2885,7 @@ MILI_FN const mili_kernels *mili_kernels_choose(mil_cpu wanted)
 // ---- GEMM: C = A B + bias, or C += A B --------------------------------------------------------------------------------
 // B is packed into panels of nr columns, [panels][k][nr], zeros past column n; A is copied in tiles of mr rows by MILI_KC
 // products. Loops, from the outside in:
-//   - columns, in blocks of as many panels as make MILI_GEMM_BLOCK reals of B: they stay in the L2 cache;
+//   - columns, in blocks of as many panels as make up a block of B: they stay in the L2 cache;
 //   - k, in blocks of MILI_KC: an A tile (12 KiB) and a B panel (32 KiB) pass through L1;
 //   - rows, mr at a time: one A tile, used for all panels of the block;
 //   - panels: a tile of C lives in registers for the whole block of k.
@@ -2901,20 +2921,28 @@ MILI_FN int64_t mili_gemm_packed_count(const mili_kernels *K, int64_t n, int64_t
 }
 
 // Panels of B that are in use at a time.
-static int64_t mili_gemm_block_panels(const mili_kernels *K, int64_t k)
+static int64_t mili_gemm_block_panels(const mili_kernels *K, int64_t k, int packed)
 {
-    return MILI_GEMM_BLOCK / (K->nr * MILI_MAX(1, MILI_MIN(k, MILI_KC)));
+    return (packed ? MILI_PACKED_BLOCK : MILI_GEMM_BLOCK) / (K->nr * MILI_MAX(1, MILI_MIN(k, MILI_KC)));
 }
 
 MILI_FN int64_t mili_gemm_scratch(const mili_kernels *K, int64_t n, int64_t k)
 {
     const int64_t depth = MILI_MIN(k, MILI_KC);
     if (n <= MILI_THIN) return n * mili_round_up(depth, K->lanes);
-    return MILI_MIN(mili_gemm_panels(K, n), mili_gemm_block_panels(K, k)) * K->nr * depth;
+    return MILI_MIN(mili_gemm_panels(K, n), mili_gemm_block_panels(K, k, 0)) * K->nr * depth;
+}
+
+// For a few reals a call of memcpy takes longer than the copy.
+MILI_LANES void mili_copy_few(mil_real *dst, const mil_real *src, int64_t n)
+{
+    for (; n >= 4; n -= 4, dst += 4, src += 4) memcpy(dst, src, 4 * sizeof *dst);
+    for (; n > 0; n--) *dst++ = *src++;
 }
 
 // One panel: columns j.. of B [k, n], at most nr of them.
-static void mili_pack_panel(mil_real *dst, int64_t nr, const mil_real *b, int64_t b_row, int64_t b_col, int64_t width, int64_t k)
+static void mili_pack_panel(mil_real *dst, int64_t nr, const mil_real *b, int64_t b_row, int64_t b_col, int64_t width,
+                            int64_t k)
 {
     if (width < nr) memset(dst, 0, (size_t)(nr * k) * sizeof *dst);
     if (b_col == 1) {
@@ -3003,8 +3031,9 @@ static void mili_gemm_thin(const mili_kernels *K, const mili_gemm *g)
 }
 
 // One tile of rows by all columns of one panel. A tile at the right edge is worked out aside, whole, and then cut.
-static void mili_gemm_panel(const mili_kernels *K, int64_t rows, int by_column, int64_t k, const mil_real *a, const mil_real *b,
-                            int64_t b_step, const mil_real *start, mil_real *c, int64_t c_row, int64_t width, int add)
+static void mili_gemm_panel(const mili_kernels *K, int64_t rows, int by_column, int64_t k, const mil_real *a,
+                            const mil_real *b, int64_t b_step, const mil_real *start, mil_real *c, int64_t c_row,
+                            int64_t width, int add)
 {
     mil_real tile[MILI_MR_MAX * MILI_NR_MAX];
     if (width == K->nr) {
@@ -3021,7 +3050,7 @@ static void mili_gemm_panel(const mili_kernels *K, int64_t rows, int by_column, 
 MILI_FN void mili_gemm_run(const mili_kernels *K, const mili_gemm *g)
 {
     mil_real a_tile[MILI_MR_MAX * MILI_KC_STEP], start[MILI_NR_MAX];
-    const int64_t nr = K->nr, mr = K->mr, block = mili_gemm_block_panels(K, g->k) * nr;
+    const int64_t nr = K->nr, mr = K->mr, block = mili_gemm_block_panels(K, g->k, g->packed != NULL) * nr;
     if (g->k <= 0) {
         if (g->accumulate) return;
         for (int64_t i = 0; i < g->m; i++)
@@ -3037,8 +3066,10 @@ MILI_FN void mili_gemm_run(const mili_kernels *K, const mili_gemm *g)
         for (int64_t p = 0; p < g->k; p += MILI_KC) {
             const int64_t depth = MILI_MIN(g->k - p, MILI_KC);
             const int add = p > 0 || g->accumulate, by_column = g->a_row == 1 && g->a_col != 1;
+            const mil_real *bias = add ? NULL : g->bias;
             // With few rows, whole panels of a row-major B are read where they stand: packing would cost more than the rest.
             const int in_place = !g->packed && g->b_col == 1 && g->m <= mr;
+            memset(start, 0, sizeof start);
             if (!g->packed)
                 for (int64_t j = j0; j < j1; j += nr)
                     if (!in_place || g->n - j < nr)
@@ -3049,20 +3080,36 @@ MILI_FN void mili_gemm_run(const mili_kernels *K, const mili_gemm *g)
                 const mil_real *a = g->a + i * g->a_row + p * g->a_col;
                 if (by_column) {                                         // rows side by side in memory: keep them so
                     for (int64_t q = 0; q < depth; q++)
-                        memcpy(a_tile + q * mr, a + q * g->a_col, (size_t)rows * sizeof *a);
+                        mili_copy_few(a_tile + q * mr, a + q * g->a_col, rows);
                 } else {
                     for (int64_t r = 0; r < rows; r++)
                         mili_pack_vector(a_tile + r * MILI_KC_STEP, a + r * g->a_row, g->a_col, depth, depth);
                 }
+                // The tile of A that comes next is fetched meanwhile, a strip of its columns per panel.
+                const mil_real *next = a;
+                int64_t next_rows = 0;
+                const int64_t strip = (depth * nr + (j1 - j0) - 1) / (j1 - j0);
+                if (!by_column && g->a_col == 1 && i + mr < g->m) {
+                    next = a + mr * g->a_row;
+                    next_rows = MILI_MIN(g->m - i - mr, mr);
+                } else if (!by_column && g->a_col == 1 && p + depth < g->k) {
+                    next = g->a + p + depth;
+                    next_rows = MILI_MIN(g->m, mr);
+                }
                 for (int64_t j = j0; j < j1; j += nr) {
                     const int64_t width = MILI_MIN(g->n - j, nr);
+                    const int64_t first = (j - j0) / nr * strip, end = MILI_MIN(first + strip, depth);
+                    for (int64_t r = 0; r < next_rows; r++)
+                        for (int64_t q = first; q < end; q += 64 / (int64_t)sizeof(mil_real))
+                            MILI_PREFETCH(next + r * g->a_row + q);
                     const mil_real *b = g->packed ? g->packed + j * g->k + p * nr : g->scratch + (j - j0) * depth;
                     int64_t b_step = nr;
                     if (in_place && width == nr) {
                         b = g->b + p * g->b_row + j;
                         b_step = g->b_row;
                     }
-                    for (int64_t q = 0; q < nr; q++) start[q] = !add && g->bias && q < width ? g->bias[j + q] : 0;
+                    if (bias)
+                        for (int64_t q = 0; q < nr; q++) start[q] = q < width ? bias[j + q] : 0;
                     mili_gemm_panel(K, rows, by_column, depth, a_tile, b, b_step, start, g->c + i * g->c_row + j, g->c_row,
                                     width, add);
                 }
@@ -4122,7 +4169,7 @@ MILI_FN mili_plan *mili_make_plan(mil_tape *tape)
     mili_span *span = (mili_span *)mili_alloc(ctx, room * sizeof *span);
     if (!span) return NULL;
     const int end = plan->step_count;
-    const int share = !(tape->options & (1u << MIL_TAPE_NO_REUSE));
+    const int share = !(tape->options & (1u << MIL_TAPE_NO_REUSE)) && !tape->stream_capacity;     // a stream's values all stay
     int count = 0, ok = 1;
     for (int s = 0; s < plan->step_count && ok; s++) {
         mili_step *step = &plan->step[s];
@@ -10600,6 +10647,524 @@ MIL_DEF mil_node *mil_loss_node(mil_node *logits, const mil_target *target)
 // ==== >>train-code: optimizers, schedules, trainer ================================================================
 
 // ==== >>score-code: scorer ========================================================================================
+//
+// A stream. The model is recorded once, with `capacity` instances in place of the number that nobody knows yet. The plan
+// then has one row group that reads the features; pushed rows are fed to it tile by tile, and its states (running maxima,
+// sums) wait in between. Asking for results feeds the last, incomplete tile to a copy of the states, finishes the
+// reductions and runs the steps behind them; the states are then put back. Tiles and partitions are those of a whole bag,
+// so the bits are too. A whole bag is scored the same way, which keeps the packed weights; models that cannot be streamed
+// are recorded anew for each bag.
+
+struct mil_scorer {
+    mil_context *ctx;
+    mil_model   *model;
+    mil_scorer_options options;
+    mil_tape    *tape, *whole;                             // the stream's; of bags that cannot be streamed
+    mil_node    *node[MIL_RESULT_COUNT];                   // of the tape that holds the results
+    int          streamed;                                 // the bag is in the stream, not in `whole`
+    int          refused;                                  // the model cannot be streamed
+    char         reason[MILI_ERROR_SIZE];
+    mili_plan   *plan;
+    int          step;                                     // that reads the features
+    mili_group   group;
+    mil_node    *features;
+    int64_t      capacity, fed, staged;                    // rows in the states; rows waiting in `stage`
+    int64_t      results_at;                               // rows that the results in the workspace are of; -1: none
+    mil_real    *stage;
+    int64_t      stage_rows;
+    char        *saved;                                    // states, during a query or a push
+    size_t       saved_bytes;
+};
+
+MIL_DEF mil_scorer_options mil_scorer_options_default(void)
+{
+    mil_scorer_options o;
+    o.capacity = 0;
+    o.results = 1u << MIL_ATTENTION;
+    return o;
+}
+
+MIL_DEF const char *mil_result_name(mil_result result)
+{
+#define MILI_RESULT_NAME(name, key, text) key,
+    static const char *const names[] = { MIL_RESULT_LIST(MILI_RESULT_NAME) };
+#undef MILI_RESULT_NAME
+    return (int)result >= 0 && (int)result < MILI_COUNT(names) ? names[result] : "?";
+}
+
+// Keeps what will be read: logits always, the rest as asked for.
+MILI_FN void mili_scorer_keep(mil_scorer *s, const mil_outputs *out)
+{
+    mil_node *results[MIL_RESULT_COUNT];
+    memset((void *)results, 0, sizeof results);
+    results[MIL_LOGITS] = out->logits;
+    results[MIL_ATTENTION] = out->attention_scores ? out->attention_scores : out->attention;
+    results[MIL_WEIGHTS] = out->attention_weights;
+    results[MIL_CONTRIBUTION] = out->contribution;
+    results[MIL_SLIDE_FEATS] = out->slide_feats;
+    for (int r = 0; r < MIL_RESULT_COUNT; r++) {
+        const int wanted = r == MIL_LOGITS || (s->options.results >> r & 1) || (r == MIL_SLIDE_FEATS && !out->logits);
+        s->node[r] = wanted ? results[r] : NULL;
+        mil_node_keep(s->node[r]);
+    }
+}
+
+// ---- what a stream needs of a plan ----
+enum { MILI_STREAM_COLS = 64 };                            // values kept per instance, beside one per class
+
+MILI_FN int mili_is_rows_of(const mil_node *n, int64_t rows)
+{
+    const mil_node *base = n->plan->base;
+    return mili_main(base)->kind == MIL_KIND_ROWS && base->rows == rows;
+}
+
+// 1 when the recorded model can be streamed; else `reason` names the op in the way.
+MILI_FN int mili_scorer_streams(mil_scorer *s, const mil_tape *tape, const mili_plan *plan, const mil_node *features, int *at)
+{
+    const int64_t rows = tape->stream_capacity;
+    int64_t kept = 0;
+    const mil_node *bad = NULL;
+    const char *why = "";
+    *at = -1;
+    for (int i = 0; i < plan->step_count && !bad; i++) {
+        const mili_step *step = &plan->step[i];
+        for (int k = 0; k < step->count && !bad; k++) {
+            const mil_node *n = step->node[k];
+            for (int j = 0; j < n->input_count && !bad; j++) {
+                const mil_node *in = n->input[j];
+                if (in->plan->base == features) {
+                    if (!step->group || step->rows != rows || (*at >= 0 && *at != i)) { bad = n; why = "reads the instances a second time"; }
+                    *at = i;
+                } else if (in->plan->base->kind != MIL_KIND_LEAF && mili_is_rows_of(in, rows) && !mili_reads_rows(n, j)) {
+                    bad = n;
+                    why = "needs all instances at once";
+                }
+            }
+            if (n->kind == MIL_KIND_WHOLE)
+                for (int a = 0; a < n->rank && !bad; a++) if (n->shape[a] == rows) { bad = n; why = "needs the number of instances"; }
+            if (!bad && step->group && step->rows == rows && n->kind == MIL_KIND_ROWS && n->plan->place == MILI_PLACE_FULL) {
+                kept += n->cols;
+                if (n->cols > MILI_STREAM_COLS + mil_model_num_classes(s->model)) { bad = n; why = "must be kept for every instance"; }
+            }
+        }
+    }
+    if (!bad && *at >= 0) return 1;
+    snprintf(s->reason, sizeof s->reason, "%s cannot be streamed: %s%s%s %s; use mil_scorer_score", s->model->name, bad ? bad->layer : "", bad ? ": " : "",
+             bad ? bad->op->name : "the model", bad ? why : "does not read the instances");
+    return 0;
+}
+
+// Records the model for `capacity` instances and prepares the stream. On success the tape, plan and group replace the old ones.
+MILI_FN mil_status mili_scorer_open(mil_scorer *s, int64_t capacity)
+{
+    mil_context *ctx = s->ctx;
+    mil_tape *tape = NULL;
+    mil_outputs out;
+    mil_scorer old = *s;
+    mil_bag bag;
+    capacity = (capacity + MILI_TILE_ROWS - 1) / MILI_TILE_ROWS * MILI_TILE_ROWS + 1;       // a length that no layer has by chance
+    memset(&bag, 0, sizeof bag);
+    int64_t shape[2];
+    shape[0] = capacity;
+    shape[1] = mil_model_in_dim(s->model);
+    bag.features = mil_tensor_make(ctx, MIL_REAL_DTYPE, 2, shape);             // any address: rows come later
+    if (ctx->backend) {
+        s->refused = 1;
+        snprintf(s->reason, sizeof s->reason, "backend %s does not stream; use mil_scorer_score", ctx->backend->name);
+        return MIL_OK;
+    }
+    tape = (mil_tape *)mili_alloc_zero(ctx, sizeof *tape);
+    if (!tape) return ctx->status;
+    tape->ctx = ctx;
+    tape->layer_interned = "";
+    tape->stream_capacity = capacity;
+    if (mil_model_record(tape, s->model, &bag, NULL, &out) != MIL_OK) {
+        mili_fail(ctx, tape->status, "%s", tape->error);
+        goto fail;
+    }
+    mili_scorer_keep(s, &out);
+    {
+        mili_plan *plan = NULL;
+        int step;
+        plan = mili_make_plan(tape);
+        if (!plan) {
+            if (ctx->status == MIL_OK) mili_fail(ctx, tape->status, "%s", tape->error);
+            goto fail;
+        }
+        if (!mili_scorer_streams(s, tape, plan, out.features, &step)) {
+            s->refused = 1;
+            goto fail;
+        }
+        plan->memory = mili_take_workspace(tape, plan->bytes);
+        if (!plan->memory || mili_bind(tape, plan) != MIL_OK) goto fail;
+        size_t states = 0;
+        for (int k = 0; k < plan->step[step].count; k++) states += plan->step[step].node[k]->plan->state_bytes * (size_t)plan->step[step].partitions;
+        if (!s->stage) {
+            s->stage_rows = MILI_MAX(ctx->threads, 1) * plan->step[step].tile_rows;
+            s->stage = (mil_real *)mili_alloc(ctx, (size_t)(s->stage_rows * shape[1]) * sizeof(mil_real));
+            if (!s->stage) goto fail;
+        }
+        if (!s->saved && states) {
+            s->saved = (char *)mili_alloc(ctx, states);
+            if (!s->saved) goto fail;
+            s->saved_bytes = states;
+        }
+        for (int i = 0; i < step; i++) if (mili_run_step(tape, plan, &plan->step[i]) != MIL_OK) goto fail;
+        s->tape = tape;
+        s->plan = plan;
+        s->step = step;
+        s->features = out.features;
+        s->capacity = capacity;
+        mili_group_open(&s->group, tape, plan, &plan->step[step], plan->memory);
+        mili_group_begin(&s->group);
+        mili_plan_done(tape, plan);
+    }
+    if (old.tape) {                                        // what the smaller stream held
+        const mili_step *from = &old.plan->step[old.step], *to = &s->plan->step[s->step];
+        for (int k = 0; k < to->count; k++) {
+            const mil_node *a = from->node[k], *b = to->node[k];
+            if (b->plan->state_bytes) memcpy(b->plan->state, a->plan->state, b->plan->state_bytes * (size_t)to->partitions);
+            if (b->kind == MIL_KIND_ROWS && b->plan->place == MILI_PLACE_FULL) memcpy(b->data, a->data, (size_t)s->fed * mili_row_bytes(b));
+        }
+        mil_tape_free(old.tape);
+    }
+    s->results_at = -1;
+    return MIL_OK;
+fail:
+    mil_tape_free(tape);
+    if (!s->refused) {
+        mil_real *stage = s->stage;
+        char *saved = s->saved;
+        const int64_t stage_rows = s->stage_rows;
+        const size_t saved_bytes = s->saved_bytes;
+        *s = old;
+        s->stage = stage;
+        s->stage_rows = stage_rows;
+        s->saved = saved;
+        s->saved_bytes = saved_bytes;
+    }
+    return ctx->status;
+}
+
+MIL_DEF mil_scorer *mil_scorer_create(mil_model *model, const mil_scorer_options *options)
+{
+    if (!model) return NULL;
+    mil_context *ctx = model->ctx;
+    mili_enter(ctx);
+    mil_scorer *s = (mil_scorer *)mili_alloc_zero(ctx, sizeof *s);
+    if (!s) return NULL;
+    s->ctx = ctx;
+    s->model = model;
+    s->options = options ? *options : mil_scorer_options_default();
+    s->results_at = -1;
+    s->streamed = 1;
+    if (s->options.capacity < 0 || s->options.results >> MIL_RESULT_COUNT)
+        mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_create: capacity %lld, results %x", (long long)s->options.capacity, s->options.results);
+    else mili_scorer_open(s, MILI_MAX(s->options.capacity, 1024));
+    if (ctx->status != MIL_OK) {
+        mil_scorer_free(s);
+        return NULL;
+    }
+    return s;
+}
+
+MIL_DEF void mil_scorer_free(mil_scorer *s)
+{
+    if (!s) return;
+    mil_tape_free(s->tape);
+    mil_tape_free(s->whole);
+    mili_free(s->ctx, s->stage, (size_t)(s->stage_rows * mil_model_in_dim(s->model)) * sizeof(mil_real));
+    mili_free(s->ctx, s->saved, s->saved_bytes);
+    mili_free(s->ctx, s, sizeof *s);
+}
+
+MIL_DEF size_t mil_scorer_bytes(mil_model *model, const mil_scorer_options *options, int64_t instances)
+{
+    if (!model || instances < 1) return 0;
+    mil_context *ctx = model->ctx;
+    mili_enter(ctx);
+    const size_t before = ctx->bytes;
+    size_t bytes = 0;
+    mil_scorer *s = (mil_scorer *)mili_alloc_zero(ctx, sizeof *s);
+    mil_tape *tape = NULL;
+    if (!s || mil_tape_create(ctx, &tape) != MIL_OK) { mili_free(ctx, s, s ? sizeof *s : 0); return 0; }
+    s->ctx = ctx;
+    s->model = model;
+    s->options = options ? *options : mil_scorer_options_default();
+    const int64_t D = mil_model_in_dim(model);
+    int64_t rows = MILI_MAX(MILI_MAX(instances, s->options.capacity), 1024);
+    mil_outputs out;
+    mil_bag bag;
+    for (int stream = !ctx->backend; stream >= 0 && !bytes; stream--) {        // as a stream if it can be one, else as a bag
+        mil_tape_reset(tape);
+        rows = stream ? (rows + MILI_TILE_ROWS - 1) / MILI_TILE_ROWS * MILI_TILE_ROWS + 1 : instances;
+        tape->stream_capacity = stream ? rows : 0;
+        memset(&bag, 0, sizeof bag);
+        bag.features = mil_tensor_matrix(ctx, MIL_REAL_DTYPE, rows, D);
+        if (mil_model_record(tape, model, &bag, NULL, &out) != MIL_OK) break;
+        mili_scorer_keep(s, &out);
+        mili_plan *plan = mili_make_plan(tape);
+        if (!plan) break;
+        int step;
+        if (stream && !mili_scorer_streams(s, tape, plan, out.features, &step)) continue;
+        bytes = ctx->bytes - before + plan->bytes;
+        if (!stream) break;
+        bytes += (size_t)(MILI_MAX(ctx->threads, 1) * plan->step[step].tile_rows * D) * sizeof(mil_real);
+        for (int k = 0; k < plan->step[step].count; k++) bytes += plan->step[step].node[k]->plan->state_bytes * (size_t)plan->step[step].partitions;
+    }
+    mil_tape_free(tape);
+    mili_free(ctx, s, sizeof *s);
+    return bytes;
+}
+
+MIL_DEF int64_t mil_scorer_instances(const mil_scorer *s) { return s && s->streamed ? s->fed + s->staged : 0; }
+
+MIL_DEF void mil_scorer_reset(mil_scorer *s)
+{
+    if (!s) return;
+    s->streamed = 1;
+    s->fed = s->staged = 0;
+    s->results_at = -1;
+    if (!s->tape) return;
+    const mili_step *step = &s->plan->step[s->step];
+    mili_frame f;
+    for (int k = 0; k < step->count; k++) {                // empty states; the packed weights stay
+        const mil_node *n = step->node[k];
+        if (n->kind != MIL_KIND_REDUCE || n->plan->deferred) continue;
+        for (int p = 0; p < step->partitions; p++) {
+            mili_frame_set(&f, s->ctx, n, 0, 0, NULL, 0);
+            f.x.state = n->plan->state + (size_t)p * n->plan->state_bytes;
+            n->op->begin(&f.x);
+        }
+    }
+}
+
+// Copies the states to `saved`, or back.
+MILI_FN void mili_scorer_states(mil_scorer *s, int back)
+{
+    const mili_step *step = &s->plan->step[s->step];
+    char *at = s->saved;
+    for (int k = 0; k < step->count; k++) {
+        const mili_plan_node *p = step->node[k]->plan;
+        const size_t bytes = p->state_bytes * (size_t)step->partitions;
+        if (!bytes) continue;
+        if (back) memcpy(p->state, at, bytes); else memcpy(at, p->state, bytes);
+        at += bytes;
+    }
+}
+
+// Feeds rows [s->fed, s->fed + count) that stand at `rows`, packed.
+MILI_FN void mili_scorer_feed(mil_scorer *s, const mil_real *rows, int64_t count)
+{
+    mil_tensor *t = mili_input_tensor(s->features);
+    memcpy(&t->data, &rows, sizeof rows);
+    s->features->data = t->data;
+    s->features->plan->row_base = s->fed;
+    mili_group_rows(&s->group, s->fed, s->fed + count);
+}
+
+// Whether all of `count` reals are finite, by their bits: a maximum over integers, which compilers vectorise.
+MILI_FN int mili_all_finite(const mil_real *x, int64_t count)
+{
+#if MIL_REAL_IS_FLOAT
+    uint32_t top = 0, u;
+    for (int64_t i = 0; i < count; i++) {
+        memcpy(&u, &x[i], sizeof u);
+        u &= 0x7fffffffu;
+        top = u > top ? u : top;
+    }
+    return top < 0x7f800000u;
+#else
+    for (int64_t i = 0; i < count; i++) if (!mili_is_finite(x[i])) return 0;
+    return 1;
+#endif
+}
+
+// The first row that is not finite; -1: all are.
+typedef struct mili_finite_job { const mil_real *rows; int64_t count, D, bad[MILI_MAX_SLOTS], chunks; } mili_finite_job;
+
+MILI_FN void mili_finite_task(void *arg, int64_t index)
+{
+    mili_finite_job *job = (mili_finite_job *)arg;
+    const int64_t begin = job->count * index / job->chunks, end = job->count * (index + 1) / job->chunks;
+    job->bad[index] = -1;
+    for (int64_t r = begin; r < end; r++)
+        if (!mili_all_finite(job->rows + r * job->D, job->D)) { job->bad[index] = r; return; }
+}
+
+MILI_FN int64_t mili_first_not_finite(mil_context *ctx, const mil_real *rows, int64_t count, int64_t D)
+{
+    mili_finite_job job;
+    job.rows = rows;
+    job.count = count;
+    job.D = D;
+    job.chunks = count * D > 65536 ? MILI_MIN((int64_t)ctx->threads, MILI_MAX_SLOTS) : 1;
+    mili_parallel(ctx, job.chunks, mili_finite_task, &job);
+    for (int64_t i = 0; i < job.chunks; i++) if (job.bad[i] >= 0) return job.bad[i];
+    return -1;
+}
+
+MILI_FN mil_status mili_scorer_push(mil_scorer *s, const void *rows, int64_t count, size_t stride, mil_dtype dtype)
+{
+    mil_context *ctx = s->ctx;
+    const int64_t D = mil_model_in_dim(s->model);
+    const size_t packed = (size_t)D * mil_dtype_size(dtype);
+    if (count < 0 || (count && !rows) || packed == 0 || (stride && stride < packed))
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_push: %lld rows at %s, stride %llu, of %s; a row is %llu bytes", (long long)count, rows ? "data" : "NULL",
+                         (unsigned long long)stride, mil_dtype_name(dtype), (unsigned long long)packed);
+    if (s->refused) return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "%s", s->reason);
+    if (!s->streamed) mil_scorer_reset(s);
+    const int64_t total = s->fed + s->staged + count;
+    if (count > INT64_MAX / 4 - s->fed - s->staged) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_push: %lld rows", (long long)count);
+    if (total > s->capacity && mili_scorer_open(s, MILI_MAX(total, 2 * s->capacity)) != MIL_OK) return ctx->status;
+    if (count == 0) return MIL_OK;
+    if (!stride) stride = packed;
+
+    const int64_t tile = s->plan->step[s->step].tile_rows, fed = s->fed, staged = s->staged;
+    const char *src = (const char *)rows;
+    const int direct = dtype == MIL_REAL_DTYPE && stride == packed && (uintptr_t)rows % sizeof(mil_real) == 0;
+    int64_t bad = -1, done = 0;
+    mili_scorer_states(s, 0);                              // tiles are taken back by their states, staged rows by counting
+    while (done < count && bad < 0) {
+        if (direct && s->staged == 0 && count - done >= tile) {
+            // Checked a little ahead of the arithmetic, while the rows are on their way into the cache.
+            const int64_t n = MILI_MIN(count - done, 2048) / tile * tile;
+            const mil_real *at = (const mil_real *)(const void *)(src + (size_t)done * stride);
+            bad = mili_first_not_finite(ctx, at, n, D);
+            if (bad >= 0) { bad += done; break; }
+            mili_scorer_feed(s, at, n);
+            s->fed += n;
+            done += n;
+            continue;
+        }
+        const int64_t n = MILI_MIN(count - done, s->stage_rows - s->staged);
+        mil_real *to = s->stage + s->staged * D;
+        for (int64_t r = 0; r < n; r++) mili_convert(ctx->kernels, to + r * D, src + (size_t)(done + r) * stride, dtype, D);
+        bad = mili_first_not_finite(ctx, to, n, D);
+        if (bad >= 0) { bad += done; break; }
+        done += n;
+        s->staged += n;
+        const int64_t full = s->staged / tile * tile;
+        if (!full || (done < count && s->staged < s->stage_rows && !(direct && s->staged == full))) continue;
+        if (staged && fed == s->fed && done < count) {     // rows of an earlier push leave the stage: are all others fine?
+            int64_t rest = -1;
+            for (int64_t r = done; r < count && rest < 0; r++) {
+                mil_real one[64];
+                for (int64_t c = 0; c < D && rest < 0; c += 64) {
+                    const int64_t m = MILI_MIN(64, D - c);
+                    mili_convert(ctx->kernels, one, src + (size_t)r * stride + (size_t)c * mil_dtype_size(dtype), dtype, m);
+                    if (!mili_all_finite(one, m)) rest = r;
+                }
+            }
+            if (rest >= 0) { bad = rest; break; }
+        }
+        mili_scorer_feed(s, s->stage, full);
+        s->fed += full;
+        s->staged -= full;
+        memmove(s->stage, s->stage + full * D, (size_t)(s->staged * D) * sizeof(mil_real));
+    }
+    if (bad >= 0) {
+        mili_scorer_states(s, 1);
+        s->fed = fed;
+        s->staged = staged;
+        return mili_fail(ctx, MIL_ERROR_NUMERIC, "mil_scorer_push: row %lld of this call holds NaN or infinity", (long long)bad);
+    }
+    s->results_at = -1;
+    return MIL_OK;
+}
+
+MIL_DEF mil_status mil_scorer_push(mil_scorer *s, const void *rows, int64_t count, size_t stride, mil_dtype dtype)
+{
+    if (!s) return MIL_ERROR_ARGUMENT;
+    mili_enter(s->ctx);
+    return mili_scorer_push(s, rows, count, stride, dtype);
+}
+
+// Results for the rows so far, into the workspace.
+MILI_FN mil_status mili_scorer_finish(mil_scorer *s)
+{
+    mil_context *ctx = s->ctx;
+    const int64_t rows = s->fed + s->staged;
+    if (s->results_at == rows) return MIL_OK;
+    if (rows == 0) return mili_fail(ctx, MIL_ERROR_STATE, "mil_scorer_read: no instance has been pushed");
+    mili_scorer_states(s, 0);
+    if (s->staged) mili_scorer_feed(s, s->stage, s->staged);
+    mili_group_finish(&s->group, rows);
+    s->tape->stream_rows = rows;
+    for (int i = s->step + 1; i < s->plan->step_count && ctx->status == MIL_OK; i++) mili_run_step(s->tape, s->plan, &s->plan->step[i]);
+    mili_scorer_states(s, 1);
+    if (ctx->status == MIL_OK) s->results_at = rows;
+    return ctx->status;
+}
+
+MIL_DEF mil_status mil_scorer_score(mil_scorer *s, const mil_bag *bag)
+{
+    if (!s) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = s->ctx;
+    mili_enter(ctx);
+    if (!bag) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_score: bag is NULL");
+    const mil_tensor *f = &bag->features;
+    const int64_t D = mil_model_in_dim(s->model);
+    int64_t stride[MIL_MAX_RANK];
+    const int one = mil_tensor_count(f) >= 0 && f->data && (f->rank == 2 || (f->rank == 3 && f->shape[0] == 1)) && f->shape[f->rank - 1] == D && f->shape[f->rank - 2] > 0;
+    if (one) mili_tensor_strides(f, stride);
+    if (!s->refused && one && !bag->mask.data && !bag->extra_count && stride[f->rank - 1] == (int64_t)mil_dtype_size(f->dtype) &&
+        (stride[f->rank - 2] >= D * (int64_t)mil_dtype_size(f->dtype) || f->shape[f->rank - 2] == 1)) {
+        mil_scorer_reset(s);
+        const int64_t n = f->shape[f->rank - 2];
+        return mili_scorer_push(s, f->data, n, n == 1 ? 0 : (size_t)stride[f->rank - 2], f->dtype);
+    }
+    mil_outputs out;
+    if (!s->whole && mil_tape_create(ctx, &s->whole) != MIL_OK) return ctx->status;
+    mil_tape_reset(s->whole);
+    s->streamed = 0;
+    s->results_at = -1;
+    memset((void *)s->node, 0, sizeof s->node);
+    if (mil_model_record(s->whole, s->model, bag, NULL, &out) == MIL_OK) mili_scorer_keep(s, &out);
+    if (mil_tape_run(s->whole) != MIL_OK) return ctx->status;
+    s->results_at = 0;
+    return MIL_OK;
+}
+
+MILI_FN mil_node *mili_scorer_node(mil_scorer *s, mil_result result)
+{
+    if ((int)result < 0 || result >= MIL_RESULT_COUNT) return NULL;
+    return s->node[result == MIL_PROBABILITIES ? MIL_LOGITS : result];
+}
+
+MILI_FN int64_t mili_scorer_count(mil_scorer *s, const mil_node *n)
+{
+    if (!n || (!s->streamed && s->results_at < 0)) return 0;
+    if (!s->streamed || !mili_is_rows_of(n, s->capacity)) return n->count;
+    return n->count / s->capacity * (s->fed + s->staged);
+}
+
+MIL_DEF int64_t mil_scorer_count(mil_scorer *s, mil_result result) { return s ? mili_scorer_count(s, mili_scorer_node(s, result)) : 0; }
+
+MIL_DEF mil_status mil_scorer_read(mil_scorer *s, mil_result result, mil_real *dst, int64_t count)
+{
+    if (!s) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = s->ctx;
+    mili_enter(ctx);
+    if (!s->streamed && s->results_at < 0) return mili_fail(ctx, MIL_ERROR_STATE, "mil_scorer_read: no bag has been scored");
+    if (s->streamed && s->refused) return mili_fail(ctx, MIL_ERROR_STATE, "mil_scorer_read: no bag has been scored");
+    if (s->streamed && mili_scorer_finish(s) != MIL_OK) return ctx->status;
+    mil_node *n = mili_scorer_node(s, result);
+    if (!n)
+        return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "mil_scorer_read: %s gives no %s, or it was not asked for when the scorer was made", s->model->name, mil_result_name(result));
+    const int64_t have = mili_scorer_count(s, n);
+    if (!dst || count != have)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_read: %s has %lld elements, not %lld", mil_result_name(result), (long long)have, (long long)count);
+    if (ctx->backend) ctx->backend->synchronize(ctx->backend_self);
+    if (mili_download(ctx, dst, n->plan->base->kind == MIL_KIND_LEAF ? n->data : n->plan->base->data, (size_t)count * sizeof *dst) != MIL_OK) return ctx->status;
+    if (result != MIL_PROBABILITIES) return MIL_OK;
+    const int64_t C = n->cols;
+    for (int64_t b = 0; b < count / C; b++) {
+        if (C == 1) ctx->kernels->sigmoid(dst + b, dst + b, 1);
+        else mili_softmax_row(ctx->kernels, dst + b * C, dst + b * C, C);
+    }
+    return MIL_OK;
+}
 
 // ==== >>metric-code: metrics ======================================================================================
 // Every metric is written once, for bags that count w[i] times (w NULL: once each). A bootstrap resample is then nothing but
