@@ -339,14 +339,14 @@ TOOL_FN void data_open_packed(data_set *d)
 // ---- folders with a table ----
 typedef struct data_columns { const char *labels, *bag, *label, *split, *group; } data_columns;       // NULL: the usual names
 
-TOOL_FN int64_t pick_column(const table *t, const char *wanted, const char *usual, int needed, const char *option)
+TOOL_FN int64_t pick_column(const table *t, const char *wanted, const char *usual, int needed, const char *flag)
 {
     const int64_t k = table_column(t, wanted ? wanted : usual);
     if (k >= 0 || (!wanted && !needed)) return k;
     text names = { NULL, 0, 0 };
     for (int64_t c = 0; c < t->columns; c++) text_add(&names, "%s'%s'", c ? ", " : "", t->row[0][c]);
     if (wanted) tool_fail("%s: no column '%s'; it has %s", t->path, wanted, names.data);
-    tool_fail("%s: no column '%.*s'; it has %s (%s NAME takes another)", t->path, (int)strcspn(usual, "|"), usual, names.data, option);
+    tool_fail("%s: no column '%.*s'; it has %s (%s NAME takes another)", t->path, (int)strcspn(usual, "|"), usual, names.data, flag);
 }
 
 // The file of a bag: the same name, the name with an ending, or the same stem. -1: none; a stem that fits two files stops.

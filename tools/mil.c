@@ -1,0 +1,255 @@
+// mil: trains, evaluates and applies multiple instance learning models on folders of slide features.
+//
+//     cc -O2 tools/mil.c -I. -o mil -lm -lpthread
+//
+// The commands are in the table at the end; each part stands in a header beside this file.
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+#define MIL_IMPLEMENTATION
+#include "mil.h"
+#include "text.h"
+#include "command.h"
+#include "progress.h"
+#include "table.h"
+#include "data.h"
+#include "picture.h"
+#include "replay.h"
+
+// ---- models ------------------------------------------------------------------------------------------------------
+static const char *option_type_name(mil_option_type type)
+{
+    static const char *const names[] = { "int", "real", "bool", "choice", "text", "ints", "texts" };
+    return names[type];
+}
+
+static int same_word(const char *a, const char *b, size_t n) { return strlen(a) == n && memcmp(a, b, n) == 0; }
+
+// One model with one of its configs: options with the values that this config gives them.
+static void print_model(mil_context *ctx, const mil_architecture *m, const char *config)
+{
+    char *name = tool_format("%s.%s", m->name, config);
+    mil_model *model = mil_create(ctx, name, NULL);
+    tool_check(ctx, model ? MIL_OK : mil_error_status(ctx));
+    printf("%s: %s\n", name, m->title);
+    print_wrapped(m->citation, 0, 0, 79);
+    printf("\n%lld parameters with these options:\n", (long long)mil_model_parameter_count(model));
+    for (int k = 0; k < m->option_count; k++) {
+        const mil_option *o = &m->options[k];
+        const char *value = mil_model_option(model, o->name);
+        char *left = tool_format("  %s=%s", o->name, value ? value : o->value);
+        char *doc = o->choices && strstr(o->choices, "..") ? tool_string(o->doc)
+                  : o->choices ? tool_format("%s (%s)", o->doc, o->choices) : tool_format("%s (%s)", o->doc, option_type_name(o->type));
+        printf("%-29s ", left);
+        if (strlen(left) > 29) printf("\n%30s", "");
+        print_wrapped(doc, 30, 30, 79);
+        free(left);
+        free(doc);
+    }
+    mil_model_free(model);
+    free(name);
+}
+
+static int run_models(mil_context *ctx, const arguments *a)
+{
+    if (a->operands > 1) tool_usage("models: one name at most");
+    if (a->operands == 0) {
+        for (int64_t i = 0; i < mil_architecture_count(); i++) {
+            const mil_architecture *m = mil_architecture_at(i);
+            for (int c = 0; c < (m->config_count ? m->config_count : 1); c++) {
+                char *name = tool_format("%s.%s", m->name, m->config_count ? m->configs[c].name : "base");
+                printf("%-29s ", name);
+                if (strlen(name) > 29) printf("\n%30s", "");
+                print_wrapped(m->title, 30, 30, 79);
+                free(name);
+            }
+        }
+        puts("\n`mil models NAME` lists a model's options; --set key=value changes one.");
+        return 0;
+    }
+    const char *wanted = a->operand[0], *best = NULL;
+    const size_t n = strcspn(wanted, ".");
+    char *config = wanted[n] ? tool_copy(wanted + n + 1, strcspn(wanted + n + 1, ".")) : NULL;
+    int distance = 1000, found = 0;
+    for (int64_t i = 0; i < mil_architecture_count(); i++) {
+        const mil_architecture *m = mil_architecture_at(i);
+        name_nearer(wanted, m->name, &best, &distance);
+        if (!same_word(m->name, wanted, n)) continue;
+        for (int c = 0; c < m->config_count; c++) {
+            if (config && strcmp(config, m->configs[c].name) != 0) continue;
+            if (found++) putchar('\n');
+            print_model(ctx, m, m->configs[c].name);
+        }
+    }
+    if (!found) tool_usage("models: no model '%s'; did you mean '%s'?", wanted, best ? best : "");
+    free(config);
+    return 0;
+}
+
+// ---- info --------------------------------------------------------------------------------------------------------
+static void print_shape(const mil_tensor *t, const char *dtype, const char *name, int values)
+{
+    text s = { NULL, 0, 0 };
+    text_put(&s, "[", 1);
+    for (int k = 0; k < t->rank; k++) text_add(&s, "%s%lld", k ? ", " : "", (long long)t->shape[k]);
+    text_put(&s, "]", 1);
+    printf("%-5s %-18s %s", dtype, s.data, name);
+    text_free(&s);
+    if (values && t->data) {
+        const int64_t n = mil_tensor_count(t);
+        double low = INFINITY, high = -INFINITY, sum = 0;
+        int64_t odd = 0;
+        for (int64_t i = 0; i < n; i++) {
+            const double x = tensor_value(t, i);
+            if (!isfinite(x)) { odd++; continue; }
+            if (x < low) low = x;
+            if (x > high) high = x;
+            sum += x;
+        }
+        if (n > odd) printf("  %g..%g, mean %.4g", low, high, sum / (double)(n - odd));
+        if (odd) printf("  %lld not finite", (long long)odd);
+    }
+    putchar('\n');
+}
+
+static int run_info(mil_context *ctx, const arguments *a)
+{
+    const int values = argument_given(a, "values");
+    if (!a->operands) tool_usage("info: a FILE is needed (mil info --help)");
+    for (int i = 0; i < a->operands; i++) {
+        const char *path = a->operand[i];
+        if (a->operands > 1) printf("%s%s:\n", i ? "\n" : "", path);
+        if (has_ending(path, ".npy")) {
+            mil_npy *npy;
+            tool_check(ctx, mil_npy_open(ctx, path, MIL_FILE_MAP, &npy));
+            const mil_tensor *t = mil_npy_tensor(npy);
+            int packed = 1;
+            for (int k = 0; k < t->rank; k++) packed &= t->stride[k] == 0;
+            print_shape(t, mil_dtype_name(t->dtype), packed ? "" : "Fortran order", values);
+            if (mil_npy_warning(npy)[0]) printf("%s\n", mil_npy_warning(npy));
+            mil_npy_free(npy);
+            continue;
+        }
+        mil_tensors *file;
+        tool_check(ctx, mil_tensors_open(ctx, path, MIL_FILE_MAP | MIL_FILE_LIST_ONLY, &file));
+        uint64_t bytes = 0, numbers = 0;
+        for (int64_t k = 0; k < mil_tensors_count(file); k++) {
+            const mil_tensor *t = mil_tensors_at(file, k);
+            bytes += mil_tensors_bytes(file, k);
+            numbers += mil_tensor_count(t) > 0 ? (uint64_t)mil_tensor_count(t) : 0;
+            print_shape(t, mil_tensors_dtype(file, k), mil_tensors_name(file, k), values);
+        }
+        printf("%lld tensors, %llu numbers, %llu bytes\n", (long long)mil_tensors_count(file), (unsigned long long)numbers, (unsigned long long)bytes);
+        for (int64_t k = 0; k < mil_tensors_meta_count(file); k++) {
+            text line = { NULL, 0, 0 };                    // control characters of a foreign file stay out of the terminal
+            const char *value = mil_tensors_meta_value(file, k);
+            text_json(&line, value);
+            printf("%s = ", mil_tensors_meta_key(file, k));
+            if (!argument_given(a, "all") && line.size > 200) printf("%.200s... (%zu bytes, --all shows them)\n", line.data, strlen(value));
+            else printf("%s\n", line.data);
+            text_free(&line);
+        }
+        mil_tensors_free(file);
+    }
+    return 0;
+}
+
+// ---- check -------------------------------------------------------------------------------------------------------
+static int run_check(mil_context *ctx, const arguments *a)
+{
+    int64_t passed = 0, failed = 0, skipped = 0;
+    const double tolerance = argument_real(a, "tolerance", 0, 1);
+    char **files = NULL;
+    int64_t count = 0;
+    if (!a->operands) tool_usage("check: a CASE is needed (mil check --help)");
+    for (int i = 0; i < a->operands; i++) {
+        if (!is_folder(a->operand[i])) {
+            files = (char **)tool_grow(files, (size_t)count + 1, sizeof *files);
+            files[count++] = tool_string(a->operand[i]);
+            continue;
+        }
+        int64_t n;
+        char **names = list_bags(a->operand[i], &n);
+        files = (char **)tool_grow(files, (size_t)(count + n), sizeof *files);
+        for (int64_t k = 0; k < n; k++) {
+            files[count++] = path_join(a->operand[i], names[k]);
+            free(names[k]);
+        }
+        free(names);
+    }
+    for (int64_t i = 0; i < count; i++) {
+        const char result = replay_file(ctx, files[i], tolerance, !argument_given(a, "quiet"));
+        passed += result == 'o';
+        failed += result == 'F';
+        skipped += result == 's';
+        free(files[i]);
+    }
+    free(files);
+    printf("%lld passed, %lld failed, %lld skipped\n", (long long)passed, (long long)failed, (long long)skipped);
+    return failed || skipped ? 1 : 0;
+}
+
+// ---- the table of commands ---------------------------------------------------------------------------------------
+#define THREADS { "threads", "N", "0", "threads to use, 0: one per processor; results do not depend on it" }
+
+static const option models_options[] = { THREADS, { NULL, NULL, NULL, NULL } };
+static const option info_options[] = {
+    { "values", NULL, NULL, "smallest, largest and mean value of each tensor too" },
+    { "all", NULL, NULL, "metadata in full" }, THREADS, { NULL, NULL, NULL, NULL } };
+static const option check_options[] = {
+    { "tolerance", "X", NULL, "relative tolerance for every tensor, instead of 1e-4, and 1e-3 for gradients" },
+    { "quiet", NULL, NULL, "only what failed or was skipped" }, THREADS, { NULL, NULL, NULL, NULL } };
+
+static const command commands[] = {
+    { "models", "[NAME]", "Lists the models; for one, its options with their values, parameter count and source.", NULL, models_options, run_models },
+    { "info", "FILE...", "Says what a safetensors or NPY file holds.", NULL, info_options, run_info },
+    { "check", "CASE...", "Replays experiments that were run on the models' reference code, and compares every number. A folder stands for all cases in it.",
+      "One line per case: `ok NAME err=... (TENSOR)`, `FAIL NAME ...` or `skip NAME: reason`. The exit status is 0 only when none failed or was skipped.",
+      check_options, run_check },
+    { NULL, NULL, NULL, NULL, NULL, NULL }
+};
+
+static void print_help(void)
+{
+    puts("usage: mil COMMAND [options]        mil COMMAND --help for one command\n\n"
+         "Multiple instance learning on slide features, with mil.h " MIL_VERSION ".\n");
+    for (const command *c = commands; c->name; c++) {
+        printf("  %-9s ", c->name);
+        print_wrapped(c->summary, 12, 12, 79);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 2) {
+        print_help();
+        return 2;
+    }
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0) {
+        print_help();
+        return 0;
+    }
+    if (strcmp(argv[1], "--version") == 0) {
+        printf("mil %s\n", mil_version());
+        return 0;
+    }
+    const command *c = commands;
+    const char *best = NULL;
+    int distance = 1000;
+    for (; c->name && strcmp(c->name, argv[1]) != 0; c++) name_nearer(argv[1], c->name, &best, &distance);
+    if (!c->name) tool_usage("no command '%s'; did you mean '%s'? (mil --help)", argv[1], best);
+    arguments a = arguments_parse(c, argc - 2, argv + 2);
+    mil_context_options options = mil_context_options_default();
+    mil_context *ctx;
+    options.threads = (int)argument_int(&a, "threads", 0, 1024);
+    const mil_status status = mil_context_create(&ctx, &options);
+    if (status != MIL_OK) tool_fail("%s", mil_status_text(status));
+    const int result = c->run(ctx, &a);
+    arguments_free(&a);
+    mil_context_free(ctx);
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        fputs("mil: standard output: could not be written\n", stderr);
+        return 1;
+    }
+    return result;
+}
