@@ -5642,7 +5642,7 @@ MILI_FN void mili_place_run(const mil_exec *x)
     const int64_t *at = MILI_IN_INDEX(x, 0);
     const mil_real *dy = MILI_IN(x, 1);
     mil_real *dx = MILI_OUT(x);
-    if (n->kind == MIL_KIND_ROWS && s.inner == 1) {        // last axis: a place per row
+    if (n->row_inputs) {                                   // last axis: a place per row
         memset(dx, 0, (size_t)(x->rows * s.n) * sizeof *dx);
         for (int64_t r = 0; r < x->rows; r++) dx[r * s.n + at[r]] = dy[r];
     } else if (n->kind == MIL_KIND_ROWS) {                 // over the rows: each row looks whether it was the place
@@ -10386,11 +10386,27 @@ MILI_FN mil_node *mili_mask_column(mil_node *mask)         // [B, N] -> [B, N, 1
     return mil_reshape(mask, 3, shape);
 }
 
+MILI_FN mil_node *mili_mask_real(mil_node *mask)           // mask [B, N, 1], with ones for a bag that has none
+{
+    return mil_maximum(mask, mil_affine(mil_max(mask, 1), -1, 1));
+}
+
 MILI_FN mil_node *mili_mask_features(mil_node *x, mil_node *mask)              // mask [B, N, 1] or NULL
 {
-    if (!mask) return x;
-    mil_node *none = mil_affine(mil_max(mask, 1), -1, 1);                      // [B, 1, 1]  1 when all are missing
-    return mil_mask_fill(x, mil_maximum(mask, none), 0);
+    return mask ? mil_mask_fill(x, mili_mask_real(mask), 0) : x;
+}
+
+// Each bag's own rows: y[b,k] = x[b, index[b,k]].  x [B, N, E], index [B, .., K] -> [B, K, E]
+MILI_FN mil_node *mili_gather_bags(mil_node *x, mil_node *index)
+{
+    mil_node *y = NULL, *pair[2];
+    for (int64_t b = 0; x && index && b < x->shape[0]; b++) {
+        int64_t k = index->count / x->shape[0];
+        pair[1] = mil_gather(mil_slice(x, 0, b, 1), mil_reshape(mil_slice(index, 0, b, 1), 1, &k), 1);
+        pair[0] = y;
+        y = y ? mil_concat(pair, 2, 0) : pair[1];
+    }
+    return y;
 }
 
 // The summand of each instance in each logit, for pooling by weights and a linear head: p_n (W h_n), without the bias.
@@ -10514,6 +10530,95 @@ MILI_FN void mili_abmil_torchmil_forward(const void *model, const void *config, 
     out->loss = mili_bag_loss(in, out->logits);
 }
 
+// ---- dsmil: max over instances beside attention to the critical ones (Li, Li, Eliceiri, CVPR 2021), as MIL-Lab has it --
+//   h_n = embed(x_n)                 s_nc = inst_classifier(h_n)        j_c = argmax_n s_nc: the critical instance of class c
+//   a_nc = <q(h_n), q(h_{j_c})>      P = softmax_n(a / sqrt A)          F_c = LN(sum_n P_nc v(h_n))
+//   bag_c = b_c + sum_{c',e} W[c,c',e] F_{c'e}                          logits = (bag + max_n s_n) / 2
+// Two products over all instances are not made: with q(h) = W h + b the scores are h . (W^T q_c) + b . q_c, and as P sums to
+// 1 the weighted mean of the values is v(sum_n P_nc h_n).
+typedef struct mili_dsmil_config { int64_t in_dim, num_classes, embed_dim, num_fc_layers; double dropout; int64_t attn_dim; double dropout_v; int mask_critical; } mili_dsmil_config;
+
+#define MILI_DSMIL_OPTIONS(X)                                                                                              \
+    X(MIL_OPTION_INT,  in_dim,        "1024",  "1..1000000", "width D of an instance")                                     \
+    X(MIL_OPTION_INT,  num_classes,   "2",     "1..1000000", "classes C")                                                  \
+    X(MIL_OPTION_INT,  embed_dim,     "512",   "1..1000000", "width E of an embedded instance")                            \
+    X(MIL_OPTION_INT,  num_fc_layers, "1",     "1..16",      "layers of the patch MLP")                                     \
+    X(MIL_OPTION_REAL, dropout,       "0.25",  "0..1",       "rate between the MLP's layers")                              \
+    X(MIL_OPTION_INT,  attn_dim,      "384",   "1..1000000", "width A of the queries")                                     \
+    X(MIL_OPTION_REAL, dropout_v,     "0.0",   "0..1",       "rate before the value layer")                                \
+    X(MIL_OPTION_BOOL, mask_critical, "false", NULL,         "ours: a masked instance is never critical; in MIL-Lab it can be")
+
+static const mil_option mili_dsmil_options[] = {
+#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_dsmil_config, type, member, value, choices, doc)
+    MILI_DSMIL_OPTIONS(MILI_ROW)
+#undef MILI_ROW
+};
+static const mil_config mili_dsmil_configs[] = { { "base", "" } };
+
+typedef struct mili_dsmil { mil_patch_mlp embed; mil_linear_layer inst_classifier, q, v, classifier; mil_norm_layer norm; } mili_dsmil;
+
+// A 1-d convolution as wide as its input [in, width], that is a linear layer over it. Weight [out, in, width]; torch's own start.
+MILI_FN mil_linear_layer mili_declare_conv1d(mil_builder *b, int64_t in, int64_t out, int64_t width, const char *key)
+{
+    mil_linear_layer layer;
+    mil_init init;
+    int64_t shape[3];
+    init.kind = MIL_INIT_UNIFORM;
+    init.a = 1 / sqrt((double)in * (double)width);
+    shape[0] = out;
+    shape[1] = in;
+    shape[2] = width;
+    layer.weight = mil_declare(b, init, 3, shape, "%s.weight", key);
+    layer.bias = mil_declare(b, init, 1, &out, "%s.bias", key);
+    return layer;
+}
+
+MILI_FN void mili_dsmil_declare(mil_builder *b, void *model, const void *config)
+{
+    mili_dsmil *m = (mili_dsmil *)model;
+    const mili_dsmil_config *c = (const mili_dsmil_config *)config;
+    const int64_t E = c->embed_dim, C = c->num_classes;
+    m->embed = mil_declare_patch_mlp(b, c->in_dim, E, c->num_fc_layers, c->dropout, "patch_embed");
+    m->inst_classifier = mil_declare_linear(b, E, C, 1, MIL_LINEAR_KAIMING, "i_classifier.inst_classifier");
+    m->q = mil_declare_linear(b, E, c->attn_dim, 1, MIL_LINEAR_KAIMING, "b_classifier.q");
+    m->v = mil_declare_linear(b, E, E, 1, MIL_LINEAR_KAIMING, "b_classifier.v.1");
+    m->norm = mil_declare_layer_norm(b, E, 1e-5, "b_classifier.norm");
+    mili_declare_conv1d(b, 3, 3, E, "b_classifier.fcc");                                       // in checkpoints, not in the equations
+    m->classifier = mili_declare_conv1d(b, C, C, E, "classifier");
+}
+
+MILI_FN void mili_dsmil_forward(const void *model, const void *config, const mil_inputs *in, mil_outputs *out)
+{
+    const mili_dsmil *m = (const mili_dsmil *)model;
+    const mili_dsmil_config *c = (const mili_dsmil_config *)config;
+    mil_node *mask = mili_mask_column(in->mask);
+    mil_node *h = mil_patch_mlp_forward(&m->embed, c->mask_critical ? mili_mask_features(in->features, mask) : in->features);
+    mil_node *s = mil_linear_forward(&m->inst_classifier, h);                                  // [B, N, C], h is [B, N, E]
+    mil_node *ranked = mask && c->mask_critical ? mil_mask_fill(s, mili_mask_real(mask), -(double)MILI_REAL_MAX) : s;
+    mil_node *q = mil_linear_forward(&m->q, mili_gather_bags(h, mil_argmax(ranked, 1)));       // [B, C, A]  q(h_{j_c})
+
+    mil_node *u = mil_matmul(q, mil_use(in->tape, m->q.weight));                               // [B, C, E]  W^T q_c
+    mil_node *bq = mil_transpose(mil_sum(mil_mul(q, mil_use(in->tape, m->q.bias)), -1));       // [B, 1, C]  b . q_c
+    mil_node *a = mil_add(mil_matmul_t(h, u, 0, 1), bq);                                       // [B, N, C]
+    if (mask) a = mil_mask_fill(a, mask, -(double)MILI_REAL_MAX);
+    a = mil_affine(a, 1 / sqrt((double)c->attn_dim), 0);
+    mil_node *z = mil_softmax_pool(a, mil_dropout(h, c->dropout_v, "v"));                      // [B, C, E]
+    mil_node *F = mil_layer_norm_forward(&m->norm, mil_linear_forward(&m->v, z));              // [B, C, E]
+
+    int64_t flat[2];                                                                           // the convolution as a matrix
+    flat[0] = -1;
+    flat[1] = c->num_classes * c->embed_dim;
+    mil_node *W = mil_reshape(mil_use(in->tape, m->classifier.weight), 2, flat);               // [C, C E]
+    mil_node *bag = mil_linear(mil_reshape(F, 2, flat), W, mil_use(in->tape, m->classifier.bias));     // [B, C]
+    out->attention = out->attention_weights = mil_softmax(a, 1);                               // [B, N, C]
+    out->attention_scores = a;
+    out->slide_feats = F;
+    mil_output(out, "instance_logits", s);
+    mil_output(out, "bag_logits", bag);
+    out->logits = mil_affine(mil_add(bag, mil_squeeze(mil_max(ranked, 1), 1)), 0.5, 0);        // [B, C]
+    out->loss = mili_bag_loss(in, out->logits);
+}
+
 // ---- the registry: a row per model ----
 #define MILI_ROW(name, title, citation, prefix, T, configs, head, flags) \
     { name, title, citation, prefix, T##_options, MILI_COUNT(T##_options), sizeof(T##_config), configs, MILI_COUNT(configs), \
@@ -10524,6 +10629,8 @@ static const mil_architecture mili_architectures[] = {
              "model.", mili_abmil, mili_abmil_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
     MILI_ROW("abmil", "attention pooling over raw features, binary (torchmil)", "Ilse, Tomczak, Welling: Attention-based Deep Multiple Instance Learning, ICML 2018",
              "", mili_abmil_torchmil, mili_torchmil_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
+    MILI_ROW("dsmil", "max over instances beside attention to the top one of each class", "Li, Li, Eliceiri: Dual-stream Multiple Instance Learning Network, CVPR 2021",
+             "model.", mili_dsmil, mili_dsmil_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
 };
 #undef MILI_ROW
 
