@@ -424,6 +424,42 @@ MIL_API mil_node *mil_random_permutation(mil_tape *tape, const char *name, int64
 // Inverted dropout: in training an element is kept with probability 1 - rate and divided by that; else x itself.
 MIL_API mil_node *mil_dropout(mil_node *x, double rate, const char *name);
 
+// Attention. Head h is columns h d .. h d + d - 1 of q and k and h e .. of v, as a linear layer leaves them:
+//   q [B, N, H d]  k [B, M, H d]  v [B, M, H e] -> [B, N, H e],   row i of head h: sum_j p[i,j] v[j],
+//   p[i,:] = softmax over j of scale <q[i], k[j]>;   scale 0: 1 / sqrt(d)
+// key_mask [B, M] (NULL: none): keys with 0 take no part; a query without any key gives zeros. dropout: on p, in training; a
+// draw supplied under the name `draw` is [B, H, N, M], 1 = kept. No [N, M] matrix is stored, forward or backward: tiles with a
+// running maximum (Dao, Fu, Ermon, Rudra, Re 2022). With up to 512 keys the queries are streamed by rows.
+MIL_API mil_node *mil_attention(mil_node *q, mil_node *k, mil_node *v, int64_t heads, double scale, mil_node *key_mask, double dropout, const char *draw);
+// p itself (without dropout), averaged over heads, for queries first .. first + count - 1 of a mil_attention: [B, count, M]. A report:
+// no gradient.
+MIL_API mil_node *mil_attention_weights(mil_node *attention, int64_t first, int64_t count);
+
+// Means of equal runs of rows: x [B, n, C] -> [B, runs, C], with `before` rows of zeros thought in front; runs divides before + n.
+MIL_API mil_node *mil_run_mean(mil_node *x, int64_t runs, int64_t before);
+MIL_API mil_node *mil_identity_minus(mil_node *x, double a);           // a I - x, for square matrices on the last two axes
+
+// Depth-wise convolutions (cross-correlations) with zeros outside; the result has x's shape. Filter g of G serves C / G
+// channels: G = C gives each channel its own. bias [G] or NULL.
+MIL_API mil_node *mil_conv_grid(mil_node *x, mil_node *weight, mil_node *bias);      // x [B, H, W, C], weight [G, 1, kh, kw], centred at kh / 2, kw / 2
+// y[t] = bias + sum_j weight[j] x[t + j - before] along the rows: k / 2 is centred, k - 1 causal.  x [B, N, C], weight [G, 1, k] (or [G, 1, k, 1])
+MIL_API mil_node *mil_conv_rows(mil_node *x, mil_node *weight, mil_node *bias, int64_t before);
+// The same along the rows of maps [.., G, N, M], filter g for all of map g (EPEG on attention scores).
+MIL_API mil_node *mil_conv_maps(mil_node *x, mil_node *weight, mil_node *bias, int64_t before);
+
+// Order. MIL_I64 indices along the axis; equal values by index, a NaN counts as the best.
+MIL_API mil_node *mil_topk(mil_node *x, int64_t k, int axis, int largest);           // the k largest (or smallest), best first
+MIL_API mil_node *mil_argsort(mil_node *x, int axis, int descending);                // all of them; stable
+// For each row of q [B, N, E] the k rows of t [B, M, E] with the largest dot product, best first: MIL_I64 [B, N, k].
+MIL_API mil_node *mil_nearest(mil_node *q, mil_node *t, int64_t k);
+// x [B, N, E] by index [B, M, k] -> [B, M, k E]: k rows of x side by side. An index outside gives NaN.
+MIL_API mil_node *mil_gather_rows(mil_node *x, mil_node *index);
+
+// Smooth top-1 SVM loss (Berrada, Zisserman, Kumar 2018), mean over the rows of scores [R, C]; labels [R] MIL_I64.
+MIL_API mil_node *mil_smooth_svm(mil_node *scores, mil_node *labels, double alpha, double tau);
+// Stochastic depth: in training each x[i, ..] is kept with probability 1 - rate and divided by that, or zeroed. Draw [B, 1, ..].
+MIL_API mil_node *mil_drop_path(mil_node *x, double rate, const char *draw);
+
 // After everything else of the run, writes value into the parameter's memory (same shape).
 MIL_API void mil_update(mil_param *param, mil_node *value);
 
@@ -1950,6 +1986,7 @@ MILI_INLINE double mili_random_gauss(uint64_t seed, uint64_t stream, uint64_t co
 //   K->exp, tanh, sigmoid, erf, gelu, gelu_grad, silu, silu_grad, relu (y, x, n)          y[i] = f(x[i]); y may be x
 //   K->gate(y, a, b, n)                                               y = tanh(a) * sigmoid(b); y may be a or b
 //   K->add, sub, mul, div (y, a, b, n)                                y = a op b; y may be a or b
+//   K->mul_add(y, a, b, n)                                            y += a b, element by element; y may not be a or b
 //   K->axpy(y, a, x, n)                                               y += a x
 //   K->scale(y, x, a, b, n)                                           y = a x + b; y may be x
 //   K->sum(x, n), dot(x, y, n), max(x, n), min(x, n)                  n = 0: 0, 0, -inf, +inf. A NaN gives NaN.
@@ -2017,7 +2054,7 @@ typedef struct mili_kernels {
     mili_tile_fn *tile;
     mili_dot4_fn *dot4;
     mili_map_fn *exp, *tanh, *sigmoid, *erf, *gelu, *gelu_grad, *silu, *silu_grad, *relu;
-    mili_zip_fn *gate, *add, *sub, *mul, *div;
+    mili_zip_fn *gate, *add, *sub, *mul, *div, *mul_add;
     void (*axpy)(mil_real *y, mil_real a, const mil_real *x, int64_t n);
     void (*scale)(mil_real *y, const mil_real *x, mil_real a, mil_real b, int64_t n);
     mili_fold_fn *sum, *max, *min;
@@ -2198,6 +2235,13 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
     } \
     MILI_DEFINE_EXTREME(T, TARGET, max, 1) \
     MILI_DEFINE_EXTREME(T, TARGET, min, 0) \
+    static TARGET void T##_mul_add(mil_real *y, const mil_real *a, const mil_real *b, int64_t n) \
+    { \
+        int64_t i = 0; \
+        for (; i + T##_lanes <= n; i += T##_lanes) T##_store(y + i, T##_fma(T##_load(a + i), T##_load(b + i), T##_load(y + i))); \
+        if (i < n) \
+            T##_store_part(y + i, T##_fma(T##_load_part(a + i, n - i), T##_load_part(b + i, n - i), T##_load_part(y + i, n - i)), n - i); \
+    } \
     static TARGET void T##_axpy(mil_real *y, mil_real a, const mil_real *x, int64_t n) \
     { \
         const T##_v s = T##_set(a); \
@@ -2359,7 +2403,7 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
         tier, text, T##_lanes, T##_mr, 2 * T##_lanes, T##_tile, T##_dot4, \
         T##_map_exp, T##_map_tanh, T##_map_sigmoid, T##_map_erf, T##_map_gelu, T##_map_gelu_grad, \
         T##_map_silu, T##_map_silu_grad, T##_map_relu, \
-        T##_zip_gate, T##_zip_add, T##_zip_sub, T##_zip_mul, T##_zip_div, T##_axpy, T##_scale, \
+        T##_zip_gate, T##_zip_add, T##_zip_sub, T##_zip_mul, T##_zip_div, T##_mul_add, T##_axpy, T##_scale, \
         T##_fold_sum, T##_fold_max, T##_fold_min, T##_fold_dot, T##_exp_sum, T##_from_f16, T##_from_bf16 };
 
 // ---- plain C ---------------------------------------------------------------------------------------------------------
@@ -6548,6 +6592,1138 @@ MIL_DEF mil_node *mil_dropout(mil_node *x, double rate, const char *name)
     mil_node *draw = mili_draw_node(x->tape, name, &mili_op_random, MIL_KIND_ROWS, MIL_REAL_DTYPE, 0, x->rank, x->shape, &supplied);
     if (!draw) return NULL;
     return supplied ? mil_affine(mil_mask_fill(x, draw, 0), 1 / (1 - rate), 0) : mili_binary(x, draw, MILI_BINARY_drop, rate);
+}
+
+// ---- attention ----
+// Scaled dot product attention per head h (columns h d .. h d + d - 1 of q and k, h e .. of v):
+//   o[i] = sum_j p[i,j] v[j],   p[i,:] = softmax over j of scale <q[i], k[j]>
+// Tile by tile: `queries` rows against `keys` columns, with a running maximum (Milakov and Gimelshein 2018; Dao, Fu, Ermon,
+// Rudra, Re 2022), so that no [N, M] matrix exists. The second result is the log-sum-exp per query and head; from it the
+// gradients get each tile of p back. A task is one tile of queries (or keys) of one head, so bits do not depend on threads.
+// With few keys it is row-wise in the queries, which then need not exist whole.
+enum { MILI_ATTENTION_QUERIES = 128, MILI_ATTENTION_KEYS = 256, MILI_ATTENTION_FEW = 512 };
+
+// i[]: heads, null keys, mask input, draw input, stream of the draw.  r[]: scale, rate.
+typedef struct mili_attention {
+    const mili_kernels *K;
+    const mil_node *node;
+    int64_t B, N, M, H, d, e, keys;                        // keys: of a tile
+    int64_t first;                                         // the row of [B * N] at which row-wise inputs begin
+    int64_t null_keys;                                     // so many further keys of score 0 and value 0
+    mil_real scale;
+    double rate;
+    const mil_real *q, *k, *v, *mask, *draw;               // [B,N,H d] [B,M,H d] [B,M,H e] [B,M] [B,H,N,M]
+    const mil_real *packed;                                // k and v of each batch and head as GEMM's B, or NULL
+    const mil_real *out, *dy, *lse;                        // gradients: [B,N,H e] [B,N,H e] [B,N,H]
+} mili_attention;
+
+MILI_FN mili_attention mili_attention_open(const mil_exec *x)
+{
+    const mil_node *n = x->node, *q = n->input[0], *k = n->input[1], *v = n->input[2];
+    mili_attention a;
+    memset(&a, 0, sizeof a);
+    a.K = MILI_K(x);
+    a.node = n;
+    a.H = n->i[0];
+    a.B = q->shape[0];
+    a.N = q->shape[1];
+    a.M = k->shape[1];
+    a.d = a.H ? q->shape[2] / a.H : 0;
+    a.e = a.H ? v->shape[2] / a.H : 0;
+    a.keys = n->kind == MIL_KIND_ROWS ? a.M : MILI_ATTENTION_KEYS;
+    a.first = n->kind == MIL_KIND_ROWS ? x->row : 0;
+    a.null_keys = n->i[1];
+    a.scale = (mil_real)n->r[0];
+    a.rate = n->r[1];
+    a.q = MILI_IN(x, 0);
+    a.k = MILI_IN(x, 1);
+    a.v = MILI_IN(x, 2);
+    a.mask = n->i[2] ? MILI_IN(x, n->i[2]) : NULL;
+    a.draw = n->i[3] ? MILI_IN(x, n->i[3]) : NULL;
+    return a;
+}
+
+// What a task works in: a tile of scaled queries, scores, and what the task adds up.
+typedef struct mili_attention_scratch { mil_real *gemm, *q, *s, *t, *o, *top, *sum; } mili_attention_scratch;
+
+MILI_FN int64_t mili_attention_scratch_reals(const mil_node *n)
+{
+    const int64_t d = n->input[0]->shape[2], e = n->input[2]->shape[2];        // bounds of one head's width
+    const int64_t keys = n->kind == MIL_KIND_ROWS ? n->input[1]->shape[1] : MILI_ATTENTION_KEYS;
+    return MILI_GEMM_BLOCK + MILI_ATTENTION_QUERIES * (d / n->i[0] + 2 * keys + MILI_MAX(d, e) / n->i[0] + 2);
+}
+MILI_FN size_t mili_attention_scratch_bytes(const mil_node *n) { return (size_t)mili_attention_scratch_reals(n) * sizeof(mil_real); }
+
+MILI_FN mili_attention_scratch mili_attention_carve(const mili_attention *a, void *scratch)
+{
+    mili_attention_scratch t;
+    t.gemm = (mil_real *)scratch;
+    t.q = t.gemm + MILI_GEMM_BLOCK;
+    t.s = t.q + MILI_ATTENTION_QUERIES * a->d;
+    t.t = t.s + MILI_ATTENTION_QUERIES * a->keys;
+    t.o = t.t + MILI_ATTENTION_QUERIES * a->keys;
+    t.top = t.o + MILI_ATTENTION_QUERIES * MILI_MAX(a->d, a->e);
+    t.sum = t.top + MILI_ATTENTION_QUERIES;
+    return t;
+}
+
+// c [m, n] = a b, or += with `add`; element (i, p) of a at a_row i + a_col p, of b at b_row p + b_col j.
+MILI_FN void mili_product(const mili_kernels *K, int64_t m, int64_t n, int64_t k, const mil_real *a, int64_t a_row, int64_t a_col,
+                          const mil_real *b, int64_t b_row, int64_t b_col, const mil_real *packed, mil_real *c, int64_t c_row, int add, mil_real *scratch)
+{
+    mili_gemm g;
+    memset(&g, 0, sizeof g);
+    g.m = m;
+    g.n = n;
+    g.k = k;
+    g.a = a;
+    g.a_row = a_row;
+    g.a_col = a_col;
+    g.b = b;
+    g.b_row = b_row;
+    g.b_col = b_col;
+    g.packed = packed;
+    g.c = c;
+    g.c_row = c_row;
+    g.accumulate = add;
+    g.scratch = scratch;
+    mili_gemm_run(K, &g);
+}
+
+// Row i of batch b in a row-wise input of `width` columns.
+MILI_FN const mil_real *mili_attention_row(const mili_attention *a, const mil_real *x, int64_t b, int64_t i, int64_t width)
+{
+    return x + (b * a->N + i - a->first) * width;
+}
+
+MILI_FN void mili_attention_queries(const mili_attention *a, int64_t b, int64_t h, int64_t i0, int64_t count, mil_real *dst)
+{
+    const int64_t width = a->H * a->d;
+    const mil_real *q = mili_attention_row(a, a->q, b, i0, width) + h * a->d;
+    for (int64_t r = 0; r < count; r++) a->K->scale(dst + r * a->d, q + r * width, a->scale, 0, a->d);
+}
+
+// s [count, keys] = scaled scores of keys j0 .. j0 + keys - 1; masked keys get -inf.
+MILI_FN void mili_attention_scores(const mili_attention *a, int64_t b, int64_t h, const mil_real *q, int64_t count, int64_t j0, int64_t keys,
+                                   const mil_real *packed, mil_real *s, mil_real *scratch)
+{
+    const int64_t width = a->H * a->d;
+    mili_product(a->K, count, keys, a->d, q, a->d, 1, a->k + (b * a->M + j0) * width + h * a->d, 1, width, packed, s, keys, 0, scratch);
+    if (!a->mask) return;
+    for (int64_t j = 0; j < keys; j++)
+        if (a->mask[b * a->M + j0 + j] == 0) for (int64_t r = 0; r < count; r++) s[r * keys + j] = -MILI_INF;
+}
+
+// Dropout on a tile of p (or of its gradient): element (b, h, i, j) is kept by a draw of its own, made again wherever it is
+// needed. Four elements share 64 random bits, so the rate is rounded to 1 / 65536.
+MILI_FN void mili_attention_drop(const mili_attention *a, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t j0, int64_t keys, mil_real *p)
+{
+    const mil_tape *tape = a->node->tape;
+    const uint64_t stream = (uint64_t)a->node->i[4] ^ mili_mix(tape->step);
+    const unsigned limit = (unsigned)(a->rate * 65536 + 0.5);
+    const mil_real up = (mil_real)(1 / (1 - a->rate));
+    for (int64_t r = 0; r < count; r++, p += keys) {
+        const int64_t row = (b * a->H + h) * a->N + i0 + r;
+        if (a->draw) {
+            const mil_real *kept = a->draw + row * a->M + j0;
+            for (int64_t j = 0; j < keys; j++) p[j] = kept[j] != 0 ? p[j] * up : 0;
+            continue;
+        }
+        const uint64_t first = (uint64_t)row * (uint64_t)((a->M + 3) / 4) + (uint64_t)(j0 / 4);          // j0 is a multiple of 4
+        for (int64_t j = 0; j < keys; j += 4) {
+            uint64_t bits = mili_random_bits(tape->seed, stream, first + (uint64_t)(j / 4));
+            for (int64_t l = j; l < j + 4 && l < keys; l++, bits >>= 16) p[l] = (unsigned)(bits & 65535) >= limit ? p[l] * up : 0;
+        }
+    }
+}
+
+// Queries i0 .. i0 + count - 1 of one head: out [count, e] and lse [count], rows out_row and lse_row apart.
+MILI_FN void mili_attention_tile(const mili_attention *a, int64_t b, int64_t h, int64_t i0, int64_t count, mil_real *out, int64_t out_row,
+                                 mil_real *lse, int64_t lse_row, void *scratch)
+{
+    const mili_kernels *K = a->K;
+    const mili_attention_scratch t = mili_attention_carve(a, scratch);
+    const int64_t width = a->H * a->e;
+    const mil_real *pk = NULL, *pv = NULL;
+    if (a->packed) {
+        const int64_t size_k = mili_gemm_packed_count(K, a->M, a->d), size_v = mili_gemm_packed_count(K, a->e, a->M);
+        pk = a->packed + (b * a->H + h) * (size_k + size_v);
+        pv = pk + size_k;
+    }
+    mili_attention_queries(a, b, h, i0, count, t.q);
+    for (int64_t r = 0; r < count; r++) {
+        t.top[r] = a->null_keys ? 0 : -MILI_INF;
+        t.sum[r] = (mil_real)a->null_keys;
+    }
+    memset(t.o, 0, (size_t)(count * a->e) * sizeof *t.o);
+    for (int64_t j0 = 0; j0 < a->M; j0 += a->keys) {
+        const int64_t keys = MILI_MIN(a->keys, a->M - j0);
+        mili_attention_scores(a, b, h, t.q, count, j0, keys, pk, t.s, t.gemm);
+        for (int64_t r = 0; r < count; r++) {
+            mil_real *s = t.s + r * keys;
+            const mil_real m = K->max(s, keys);
+            if (mili_is_low(m)) {                          // nothing but masked keys
+                memset(s, 0, (size_t)keys * sizeof *s);
+                continue;
+            }
+            if (mili_is_nan(m) || m > t.top[r]) {
+                const mil_real factor = mili_is_low(t.top[r]) ? 0 : mili_exp(t.top[r] - m);
+                t.sum[r] *= factor;
+                if (j0 > 0) K->scale(t.o + r * a->e, t.o + r * a->e, factor, 0, a->e);
+                t.top[r] = m;
+            }
+            t.sum[r] += K->exp_sum(s, s, keys, t.top[r]);
+        }
+        if (a->rate > 0) mili_attention_drop(a, b, h, i0, count, j0, keys, t.s);
+        mili_product(K, count, a->e, keys, t.s, keys, 1, a->v + (b * a->M + j0) * width + h * a->e, width, 1, pv, t.o, a->e, 1, t.gemm);
+    }
+    for (int64_t r = 0; r < count; r++) {
+        const int empty = mili_is_low(t.top[r]);
+        if (out) K->scale(out + r * out_row, t.o + r * a->e, empty ? 0 : 1 / t.sum[r], 0, a->e);
+        if (lse) lse[r * lse_row] = empty ? t.top[r] : t.top[r] + mili_log(t.sum[r]);
+    }
+}
+
+typedef struct mili_attention_job { const mil_exec *x; mili_attention a; int64_t tiles; } mili_attention_job;
+
+MILI_FN void mili_attention_task(void *arg, int64_t index, void *scratch)
+{
+    const mili_attention_job *job = (const mili_attention_job *)arg;
+    const mili_attention *a = &job->a;
+    const int64_t tile = index % job->tiles, head = index / job->tiles, b = head / a->H, h = head % a->H;
+    const int64_t i0 = tile * MILI_ATTENTION_QUERIES, count = MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0), row = b * a->N + i0;
+    mil_real *lse = (mil_real *)job->x->second;
+    mili_attention_tile(a, b, h, i0, count, MILI_OUT(job->x) + row * a->H * a->e + h * a->e, a->H * a->e, lse ? lse + row * a->H + h : NULL, a->H, scratch);
+}
+
+// Calls `tile` for the parts of a block of rows that lie in one batch, at most one tile of queries each.
+MILI_FN void mili_attention_rows(const mil_exec *x, const mili_attention *a,
+                                 void (*tile)(const mil_exec *x, const mili_attention *a, int64_t b, int64_t i0, int64_t count, int64_t at))
+{
+    for (int64_t at = 0; at < x->rows;) {
+        const int64_t row = x->row + at, b = row / a->N, i0 = row % a->N;
+        const int64_t count = MILI_MIN(MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0), x->rows - at);
+        tile(x, a, b, i0, count, at);
+        at += count;
+    }
+}
+
+MILI_FN void mili_attention_row_tile(const mil_exec *x, const mili_attention *a, int64_t b, int64_t i0, int64_t count, int64_t at)
+{
+    mil_real *lse = (mil_real *)x->second;
+    for (int64_t h = 0; h < a->H; h++)
+        mili_attention_tile(a, b, h, i0, count, MILI_OUT(x) + at * a->H * a->e + h * a->e, a->H * a->e, lse ? lse + at * a->H + h : NULL, a->H, x->scratch);
+}
+
+MILI_FN void mili_attention_run(const mil_exec *x)
+{
+    mili_attention_job job;
+    job.x = x;
+    job.a = mili_attention_open(x);
+    if (x->node->kind == MIL_KIND_ROWS) {
+        job.a.packed = (const mil_real *)x->prepared;
+        mili_attention_rows(x, &job.a, mili_attention_row_tile);
+        return;
+    }
+    job.tiles = (job.a.N + MILI_ATTENTION_QUERIES - 1) / MILI_ATTENTION_QUERIES;
+    mil_exec_parallel(x, job.a.B * job.a.H * job.tiles, mili_attention_task, &job);
+}
+
+MILI_FN size_t mili_attention_prepare_bytes(const mil_node *n)
+{
+    if (n->rows < 32) return 0;
+    const int64_t M = n->input[1]->shape[1], d = n->input[0]->shape[2] / n->i[0], e = n->input[2]->shape[2] / n->i[0], panel = 64;
+    return (size_t)(n->shape[0] * n->i[0] * ((M + panel) * (d + panel) + (M + panel) * (e + panel))) * sizeof(mil_real);
+}
+
+MILI_FN void mili_attention_pack_task(void *arg, int64_t index, void *scratch)
+{
+    const mili_attention_job *job = (const mili_attention_job *)arg;
+    const mili_attention *a = &job->a;
+    const int64_t b = index / a->H, h = index % a->H, size_k = mili_gemm_packed_count(a->K, a->M, a->d), size_v = mili_gemm_packed_count(a->K, a->e, a->M);
+    mil_real *dst = (mil_real *)job->x->prepared + index * (size_k + size_v);
+    MILI_UNUSED(scratch);
+    mili_gemm_pack(a->K, dst, a->k + b * a->M * a->H * a->d + h * a->d, 1, a->H * a->d, a->M, a->d);
+    mili_gemm_pack(a->K, dst + size_k, a->v + b * a->M * a->H * a->e + h * a->e, a->H * a->e, 1, a->e, a->M);
+}
+
+MILI_FN void mili_attention_prepare(const mil_exec *x)
+{
+    mili_attention_job job;
+    job.x = x;
+    job.a = mili_attention_open(x);
+    mil_exec_parallel(x, job.a.B * job.a.H, mili_attention_pack_task, &job);
+}
+
+#ifndef MIL_NO_TRAINING
+// With p recomputed from the log-sum-exp, D[i] = <dy[i], o[i]> and keep the dropout's mask / (1 - rate):
+//   dv = (p keep)^T dy,   ds = p (keep (dy v^T) - D),   dq = scale ds k,   dk = scale ds^T q
+// One tile: s becomes p, t becomes ds.
+MILI_FN void mili_attention_tile_grad(const mili_attention *a, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t j0, int64_t keys, const mili_attention_scratch *t)
+{
+    const mili_kernels *K = a->K;
+    const int64_t width = a->H * a->e;
+    const mil_real *dy = mili_attention_row(a, a->dy, b, i0, width) + h * a->e, *out = mili_attention_row(a, a->out, b, i0, width) + h * a->e;
+    const mil_real *lse = mili_attention_row(a, a->lse, b, i0, a->H) + h;
+    mili_attention_scores(a, b, h, t->q, count, j0, keys, NULL, t->s, t->gemm);
+    mili_product(K, count, keys, a->e, dy, width, 1, a->v + (b * a->M + j0) * width + h * a->e, 1, width, NULL, t->t, keys, 0, t->gemm);
+    if (a->rate > 0) mili_attention_drop(a, b, h, i0, count, j0, keys, t->t);
+    for (int64_t r = 0; r < count; r++) {
+        mil_real *p = t->s + r * keys, *ds = t->t + r * keys;
+        if (mili_is_low(lse[r * a->H])) memset(p, 0, (size_t)keys * sizeof *p);
+        else K->exp_sum(p, p, keys, lse[r * a->H]);
+        K->scale(ds, ds, 1, -K->dot(dy + r * width, out + r * width, a->e), keys);
+        K->mul(ds, ds, p, keys);
+    }
+}
+
+MILI_FN mili_attention mili_attention_open_grad(const mil_exec *x)
+{
+    mili_attention a = mili_attention_open(x);
+    a.out = MILI_IN(x, 3);
+    a.dy = MILI_IN(x, 4);
+    a.lse = MILI_IN(x, 5);
+    return a;
+}
+
+// dq [count, d] of one tile of queries.
+MILI_FN void mili_attention_dq_tile(const mili_attention *a, int64_t b, int64_t h, int64_t i0, int64_t count, mil_real *dq, void *scratch)
+{
+    const mili_attention_scratch t = mili_attention_carve(a, scratch);
+    const int64_t width = a->H * a->d;
+    mili_attention_queries(a, b, h, i0, count, t.q);
+    memset(t.o, 0, (size_t)(count * a->d) * sizeof *t.o);
+    for (int64_t j0 = 0; j0 < a->M; j0 += a->keys) {
+        const int64_t keys = MILI_MIN(a->keys, a->M - j0);
+        mili_attention_tile_grad(a, b, h, i0, count, j0, keys, &t);
+        mili_product(a->K, count, a->d, keys, t.t, keys, 1, a->k + (b * a->M + j0) * width + h * a->d, width, 1, NULL, t.o, a->d, 1, t.gemm);
+    }
+    for (int64_t r = 0; r < count; r++) a->K->scale(dq + r * width, t.o + r * a->d, a->scale, 0, a->d);
+}
+
+MILI_FN void mili_attention_dq_row_tile(const mil_exec *x, const mili_attention *a, int64_t b, int64_t i0, int64_t count, int64_t at)
+{
+    for (int64_t h = 0; h < a->H; h++) mili_attention_dq_tile(a, b, h, i0, count, MILI_OUT(x) + at * a->H * a->d + h * a->d, x->scratch);
+}
+
+MILI_FN void mili_attention_dq_task(void *arg, int64_t index, void *scratch)
+{
+    const mili_attention_job *job = (const mili_attention_job *)arg;
+    const mili_attention *a = &job->a;
+    const int64_t tile = index % job->tiles, head = index / job->tiles, b = head / a->H, h = head % a->H, i0 = tile * MILI_ATTENTION_QUERIES;
+    mili_attention_dq_tile(a, b, h, i0, MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0), MILI_OUT(job->x) + (b * a->N + i0) * a->H * a->d + h * a->d, scratch);
+}
+
+MILI_FN void mili_attention_dq_run(const mil_exec *x)
+{
+    mili_attention_job job;
+    job.x = x;
+    job.a = mili_attention_open_grad(x);
+    job.tiles = (job.a.N + MILI_ATTENTION_QUERIES - 1) / MILI_ATTENTION_QUERIES;
+    if (x->node->kind == MIL_KIND_ROWS) mili_attention_rows(x, &job.a, mili_attention_dq_row_tile);
+    else mil_exec_parallel(x, job.a.B * job.a.H * job.tiles, mili_attention_dq_task, &job);
+}
+
+// dk, and dv as the second result, of one tile of keys: all queries in order.
+MILI_FN void mili_attention_dkv_task(void *arg, int64_t index, void *scratch)
+{
+    const mili_attention_job *job = (const mili_attention_job *)arg;
+    const mili_attention *a = &job->a;
+    const mili_attention_scratch t = mili_attention_carve(a, scratch);
+    const int64_t tile = index % job->tiles, head = index / job->tiles, b = head / a->H, h = head % a->H;
+    const int64_t j0 = tile * a->keys, keys = MILI_MIN(a->keys, a->M - j0), wk = a->H * a->d, wv = a->H * a->e;
+    mil_real *dk = MILI_OUT(job->x) + (b * a->M + j0) * wk + h * a->d, *dv = (mil_real *)job->x->second;
+    if (dv) dv += (b * a->M + j0) * wv + h * a->e;
+    for (int64_t j = 0; j < keys; j++) {
+        memset(dk + j * wk, 0, (size_t)a->d * sizeof *dk);
+        if (dv) memset(dv + j * wv, 0, (size_t)a->e * sizeof *dv);
+    }
+    for (int64_t i0 = 0; i0 < a->N; i0 += MILI_ATTENTION_QUERIES) {
+        const int64_t count = MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0);
+        mili_attention_queries(a, b, h, i0, count, t.q);
+        mili_attention_tile_grad(a, b, h, i0, count, j0, keys, &t);
+        mili_product(a->K, keys, a->d, count, t.t, 1, keys, t.q, a->d, 1, NULL, dk, wk, 1, t.gemm);
+        if (!dv) continue;
+        if (a->rate > 0) mili_attention_drop(a, b, h, i0, count, j0, keys, t.s);
+        mili_product(a->K, keys, a->e, count, t.s, 1, keys, mili_attention_row(a, a->dy, b, i0, wv) + h * a->e, wv, 1, NULL, dv, wv, 1, t.gemm);
+    }
+}
+
+MILI_FN void mili_attention_dkv_run(const mil_exec *x)
+{
+    mili_attention_job job;
+    job.x = x;
+    job.a = mili_attention_open_grad(x);
+    job.tiles = (job.a.M + job.a.keys - 1) / job.a.keys;
+    mil_exec_parallel(x, job.a.B * job.a.H * job.tiles, mili_attention_dkv_task, &job);
+}
+
+static const mil_op mili_op_attention_dq = { "gradient of attention by q", mili_attention_dq_run, NULL, NULL, NULL, NULL, NULL, mili_attention_scratch_bytes, NULL, NULL, NULL, 0 };
+static const mil_op mili_op_attention_dkv = { "gradient of attention by k and v", mili_attention_dkv_run, NULL, NULL, NULL, NULL, NULL, mili_attention_scratch_bytes, NULL, NULL, NULL, 0 };
+
+MILI_FN void mili_attention_grad(mil_node *n, mil_node *dy)
+{
+    mil_node *q = n->input[0], *k = n->input[1], *v = n->input[2];
+    mil_spec s = mil_spec_make(&mili_op_attention_dq, n->kind, 3, q->shape);
+    s.input_count = 6;
+    for (int i = 0; i < 3; i++) s.input[i] = n->input[i];
+    s.input[3] = n;
+    s.input[4] = dy;
+    s.input[5] = n->second;
+    memcpy(s.i, n->i, sizeof s.i);
+    memcpy(s.r, n->r, sizeof s.r);
+    for (int i = 2; i < 4; i++)
+        if (n->i[i]) {                                     // mask and draw
+            s.i[i] = s.input_count;
+            s.input[s.input_count++] = n->input[n->i[i]];
+        }
+    s.row_inputs = n->kind == MIL_KIND_ROWS ? 1u | 7u << 3 : 0;
+    if (mil_wants_grad(q)) mil_add_grad(q, mil_record(n->tape, &s));
+    if (!mil_wants_grad(k) && !mil_wants_grad(v)) return;
+    s.op = &mili_op_attention_dkv;
+    s.kind = MIL_KIND_WHOLE;
+    s.row_inputs = 0;
+    for (int a = 0; a < 3; a++) s.shape[a] = k->shape[a];
+    mil_node *dk = mil_record(n->tape, &s), *dv = mil_node_second(dk, MIL_REAL_DTYPE, 3, v->shape);
+    mil_add_grad(k, dk);
+    mil_add_grad(v, dv);
+}
+#endif
+static const mil_op mili_op_attention = { "attention", mili_attention_run, NULL, NULL, NULL, NULL, NULL, mili_attention_scratch_bytes, mili_attention_prepare_bytes,
+                                          mili_attention_prepare, MILI_GRAD(mili_attention_grad), 0 };
+
+// q [B, N, H d], k [B, M, H d] (and v [B, M, H e]), mask [B, M]: NULL, or what does not fit.
+MILI_FN const char *mili_attention_misfit(const mil_node *q, const mil_node *k, const mil_node *v, const mil_node *mask, int64_t heads)
+{
+    if (q->rank != 3 || k->rank != 3 || v->rank != 3) return "q, k and v are [B, N, H d]";
+    if (heads < 1 || q->shape[2] % heads || v->shape[2] % heads) return "the widths are not a multiple of the heads";
+    if (q->shape[0] != k->shape[0] || k->shape[0] != v->shape[0] || k->shape[1] != v->shape[1] || q->shape[2] != k->shape[2]) return "they do not fit each other";
+    if (mask && mask->count != k->shape[0] * k->shape[1]) return "the mask is [B, M]";
+    return NULL;
+}
+
+MILI_FN mil_node *mili_attention_record(mil_node *q, mil_node *k, mil_node *v, int64_t heads, double scale, mil_node *key_mask, int64_t null_keys, double dropout, const char *draw)
+{
+    const int masked = key_mask != NULL;
+    q = mili_real(q);
+    k = mili_real(k);
+    v = mili_real(v);
+    if (!q || !k || !v) return NULL;
+    mil_tape *tape = q->tape;
+    if (masked && !(key_mask = mili_real(key_mask))) return NULL;
+    const char *misfit = mili_attention_misfit(q, k, v, key_mask, heads);
+    if (!misfit && null_keys < 0) misfit = "null_keys is negative";
+    if (misfit) return mil_tape_fail(tape, MIL_ERROR_SHAPE, "attention: q %s, k %s, v %s, %lld heads: %s", MILI_SHAPE(q), MILI_SHAPE(k), MILI_SHAPE(v), (long long)heads, misfit);
+    if (!(dropout >= 0 && dropout < 1)) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "attention: the rate %g is not in [0, 1)", dropout);
+    const int64_t M = k->shape[1];
+    mil_spec s = mil_spec_make(&mili_op_attention, M <= MILI_ATTENTION_FEW ? MIL_KIND_ROWS : MIL_KIND_WHOLE, 3, q->shape);
+    s.shape[2] = v->shape[2];
+    s.input_count = 3;
+    s.input[0] = q;
+    s.input[1] = k;
+    s.input[2] = v;
+    s.row_inputs = s.kind == MIL_KIND_ROWS;
+    s.i[0] = heads;
+    s.i[1] = null_keys;
+    s.r[0] = scale != 0 ? scale : 1 / sqrt((double)MILI_MAX(q->shape[2] / heads, 1));
+    if (masked) {
+        s.i[2] = s.input_count;
+        s.input[s.input_count++] = key_mask;
+    }
+    if (tape->training && dropout > 0) {
+        int64_t all[4];
+        int supplied;
+        all[0] = q->shape[0];
+        all[1] = heads;
+        all[2] = q->shape[1];
+        all[3] = M;
+        mil_node *d = mili_draw_node(tape, draw, &mili_op_random, MIL_KIND_ROWS, MIL_REAL_DTYPE, 0, 4, all, &supplied);
+        if (!d) return NULL;
+        s.r[1] = dropout;
+        s.i[4] = d->i[1];                                  // the library's own draw is made in the kernel: its node is never needed
+        if (supplied) {
+            s.i[3] = s.input_count;
+            s.input[s.input_count++] = d;
+        }
+    }
+    mil_node *n = mil_record(tape, &s);
+    s.shape[2] = heads;
+    mil_node_second(n, MIL_REAL_DTYPE, 3, s.shape);
+    return n;
+}
+
+MIL_DEF mil_node *mil_attention(mil_node *q, mil_node *k, mil_node *v, int64_t heads, double scale, mil_node *key_mask, double dropout, const char *draw)
+{
+    return mili_attention_record(q, k, v, heads, scale, key_mask, 0, dropout, draw);
+}
+
+// The probabilities themselves, averaged over heads: y [B, n, M]. Inputs q, k, then q's log-sum-exp as attention left it.
+MILI_FN void mili_attention_weights_task(void *arg, int64_t index, void *scratch)
+{
+    const mili_attention_job *job = (const mili_attention_job *)arg;
+    const mili_attention *a = &job->a;
+    const mili_attention_scratch t = mili_attention_carve(a, scratch);
+    const int64_t tile = index % job->tiles, b = index / job->tiles, i0 = tile * MILI_ATTENTION_QUERIES, count = MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0);
+    const mil_real share = 1 / (mil_real)a->H;
+    mil_real *y = MILI_OUT(job->x) + (b * a->N + i0) * a->M;
+    memset(y, 0, (size_t)(count * a->M) * sizeof *y);
+    for (int64_t h = 0; h < a->H; h++) {
+        const mil_real *lse = a->lse + (b * a->N + i0) * a->H + h;
+        mili_attention_queries(a, b, h, i0, count, t.q);
+        for (int64_t j0 = 0; j0 < a->M; j0 += a->keys) {
+            const int64_t keys = MILI_MIN(a->keys, a->M - j0);
+            mili_attention_scores(a, b, h, t.q, count, j0, keys, NULL, t.s, t.gemm);
+            for (int64_t r = 0; r < count; r++) {
+                if (mili_is_low(lse[r * a->H])) continue;
+                a->K->exp_sum(t.s + r * keys, t.s + r * keys, keys, lse[r * a->H]);
+                a->K->axpy(y + r * a->M + j0, share, t.s + r * keys, keys);
+            }
+        }
+    }
+}
+
+MILI_FN void mili_attention_weights_run(const mil_exec *x)
+{
+    mili_attention_job job;
+    job.x = x;
+    job.a = mili_attention_open(x);
+    job.a.lse = MILI_IN(x, 3);
+    job.tiles = (job.a.N + MILI_ATTENTION_QUERIES - 1) / MILI_ATTENTION_QUERIES;
+    mil_exec_parallel(x, job.a.B * job.tiles, mili_attention_weights_task, &job);
+}
+static const mil_op mili_op_attention_weights = { "attention_weights", mili_attention_weights_run, NULL, NULL, NULL, NULL, NULL, mili_attention_scratch_bytes, NULL, NULL, NULL, MIL_OP_STOPS_GRADIENT };
+
+MIL_DEF mil_node *mil_attention_weights(mil_node *attention, int64_t first, int64_t count)
+{
+    if (!attention) return NULL;
+    mil_tape *tape = attention->tape;
+    if (attention->op != &mili_op_attention) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "attention_weights: of %s, which is no attention", attention->op->name);
+    mil_node *q = mil_slice(attention->input[0], 1, first, count), *k = attention->input[1], *lse = mil_slice(attention->second, 1, first, count);
+    if (!q || !lse) return NULL;
+    mil_spec s = mil_spec_make(&mili_op_attention_weights, MIL_KIND_WHOLE, 3, q->shape);
+    s.shape[2] = k->shape[1];
+    s.input_count = 4;
+    s.input[0] = q;
+    s.input[1] = k;
+    s.input[2] = k;                                        // where attention has its values; not read
+    s.input[3] = lse;
+    s.i[0] = attention->i[0];
+    s.r[0] = attention->r[0];
+    if (attention->i[2]) {
+        s.i[2] = s.input_count;
+        s.input[s.input_count++] = attention->input[attention->i[2]];
+    }
+    return mil_record(tape, &s);
+}
+
+// ---- runs of rows ----
+// y [B, m, C]: the means of m equal runs of rows of x [B, n, C], after `before` rows of zeros: run j holds rows
+// j l - before .. j l - before + l - 1, l = (before + n) / m.  (Nystrom attention's landmarks.)
+MILI_FN void mili_run_mean_body(const mil_exec *x, int64_t begin, int64_t end)
+{
+    const mil_node *n = x->node;
+    const int64_t m = n->shape[1], C = n->shape[2], rows = n->input[0]->shape[1], before = n->i[0], l = (before + rows) / m;
+    for (int64_t at = begin; at < end; at++) {
+        const int64_t b = at / m, first = at % m * l - before;
+        mil_real *y = MILI_OUT(x) + at * C;
+        memset(y, 0, (size_t)C * sizeof *y);
+        for (int64_t i = MILI_MAX(first, 0); i < first + l; i++) MILI_K(x)->add(y, y, MILI_IN(x, 0) + (b * rows + i) * C, C);
+        MILI_K(x)->scale(y, y, 1 / (mil_real)l, 0, C);
+    }
+}
+MILI_FN void mili_run_mean_run(const mil_exec *x)
+{
+    const mil_node *n = x->node;
+    mili_for(x, n->shape[0] * n->shape[1], n->shape[2] * ((n->i[0] + n->input[0]->shape[1]) / n->shape[1]), mili_run_mean_body);
+}
+
+#ifndef MIL_NO_TRAINING
+MILI_FN void mili_run_mean_grad_run(const mil_exec *x)     // row i gets dy of its run / l
+{
+    const mil_node *n = x->node;
+    const int64_t rows = n->shape[1], C = n->shape[2], m = n->input[0]->shape[1], before = n->i[0], l = (before + rows) / m;
+    for (int64_t r = 0; r < x->rows; r++) {
+        const int64_t b = (x->row + r) / rows, i = (x->row + r) % rows;
+        MILI_K(x)->scale(MILI_OUT(x) + r * C, MILI_IN(x, 0) + (b * m + (i + before) / l) * C, 1 / (mil_real)l, 0, C);
+    }
+}
+static const mil_op mili_op_run_mean_grad = MILI_ROWS_OP("gradient of run_mean", mili_run_mean_grad_run, NULL);
+
+MILI_FN void mili_run_mean_grad(mil_node *n, mil_node *dy)
+{
+    mil_spec s = mil_spec_make(&mili_op_run_mean_grad, MIL_KIND_ROWS, 3, n->input[0]->shape);
+    s.input_count = 1;
+    s.input[0] = dy;
+    s.i[0] = n->i[0];
+    mil_add_grad(n->input[0], mil_record(n->tape, &s));
+}
+#endif
+static const mil_op mili_op_run_mean = MILI_WHOLE_OP("run_mean", mili_run_mean_run, mili_run_mean_grad);
+
+MIL_DEF mil_node *mil_run_mean(mil_node *x, int64_t runs, int64_t before)
+{
+    x = mili_real(x);
+    if (!x) return NULL;
+    if (x->rank != 3 || runs < 1 || before < 0 || before + x->shape[1] < runs || (before + x->shape[1]) % runs)
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "run_mean: %lld runs of %s after %lld zeros", (long long)runs, MILI_SHAPE(x), (long long)before);
+    mil_spec s = mil_spec_make(&mili_op_run_mean, MIL_KIND_WHOLE, 3, x->shape);
+    s.shape[1] = runs;
+    s.input_count = 1;
+    s.input[0] = x;
+    s.i[0] = before;
+    return mil_record(x->tape, &s);
+}
+
+// y = a I - x on the last two axes.
+MILI_FN void mili_identity_minus_run(const mil_exec *x)
+{
+    const int64_t n = x->node->cols;
+    MILI_K(x)->scale(MILI_OUT(x), MILI_IN(x, 0), -1, 0, x->rows * n);
+    for (int64_t r = 0; r < x->rows; r++) MILI_OUT(x)[r * n + (x->row + r) % n] += (mil_real)x->node->r[0];
+}
+#ifndef MIL_NO_TRAINING
+MILI_FN void mili_identity_minus_grad(mil_node *n, mil_node *dy) { mil_add_grad(n->input[0], mil_affine(dy, -1, 0)); }
+#endif
+static const mil_op mili_op_identity_minus = MILI_ROWS_OP("identity_minus", mili_identity_minus_run, mili_identity_minus_grad);
+
+MIL_DEF mil_node *mil_identity_minus(mil_node *x, double a)
+{
+    x = mili_real(x);
+    if (!x) return NULL;
+    if (x->rank < 2 || x->shape[x->rank - 2] != x->cols) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "identity_minus: %s is not square", MILI_SHAPE(x));
+    mil_spec s = mil_spec_make(&mili_op_identity_minus, MIL_KIND_ROWS, x->rank, x->shape);
+    s.input_count = 1;
+    s.input[0] = x;
+    s.row_inputs = 1;
+    s.r[0] = a;
+    return mil_record(x->tape, &s);
+}
+
+// ---- depth-wise convolution, channels last ----
+// x [I, H, W, C], weight [G, 1, kh, kw], bias [G] or none; same size as x, zeros outside:
+//   y[i,t,u,c] = bias[g] + sum_{a,b} weight[g,a,b] x[i, t + a - before_h, u + b - before_w, c]
+// Filter g serves the channels g C / G .. (g + 1) C / G - 1, or with `by_image` the images i = g, g + G, ...
+// i[]: before_h, before_w, flip, by_image. flip: x is read at t - a + before_h instead, which is the gradient by x.
+enum { MILI_CONV_CHANNELS = 128 };                         // worked on at a time: their weights stay in the L1 cache
+
+typedef struct mili_conv { int64_t I, H, W, C, G, kh, kw, taps, before_h, before_w; int flip, by_image; } mili_conv;
+
+MILI_FN mili_conv mili_conv_sizes(const mil_node *n, const mil_node *x, const mil_node *w)
+{
+    mili_conv c;
+    c.I = x->shape[0];
+    c.H = x->shape[1];
+    c.W = x->shape[2];
+    c.C = x->shape[3];
+    c.G = w->shape[0];
+    c.kh = w->shape[2];
+    c.kw = w->shape[3];
+    c.taps = c.kh * c.kw;
+    c.before_h = n->i[0];
+    c.before_w = n->i[1];
+    c.flip = (int)n->i[2];
+    c.by_image = (int)n->i[3];
+    return c;
+}
+
+MILI_FN size_t mili_conv_scratch(const mil_node *n)        // weights as [taps, C]
+{
+    const mil_node *w = n->input[1];
+    return n->i[3] ? 0 : (size_t)(w->shape[2] * w->shape[3] * n->shape[3]) * sizeof(mil_real);
+}
+
+MILI_FN void mili_conv_body(const mil_exec *x, int64_t begin, int64_t end)
+{
+    const mili_conv c = mili_conv_sizes(x->node, x->node->input[0], x->node->input[1]);
+    const mil_real *weight = MILI_IN(x, 1), *bias = x->node->input_count > 2 ? MILI_IN(x, 2) : NULL, *by_tap = (const mil_real *)x->scratch;
+    for (int64_t row = begin; row < end; row++) {
+        const int64_t image = row / c.H, t = row % c.H;
+        const mil_real *in = MILI_IN(x, 0) + image * c.H * c.W * c.C;
+        for (int64_t c0 = 0; c0 < c.C; c0 += MILI_CONV_CHANNELS) {
+            const int64_t width = MILI_MIN(MILI_CONV_CHANNELS, c.C - c0);
+            for (int64_t u = 0; u < c.W; u++) {
+                mil_real *y = MILI_OUT(x) + (row * c.W + u) * c.C + c0;
+                for (int64_t j = 0; j < width; j++) y[j] = !bias ? 0 : bias[c.by_image ? image % c.G : (c0 + j) / (c.C / c.G)];
+                for (int64_t a = 0; a < c.kh; a++) {
+                    const int64_t h = c.flip ? t - a + c.before_h : t + a - c.before_h;
+                    if (h < 0 || h >= c.H) continue;
+                    for (int64_t b = 0; b < c.kw; b++) {
+                        const int64_t w = c.flip ? u - b + c.before_w : u + b - c.before_w, tap = a * c.kw + b;
+                        if (w < 0 || w >= c.W) continue;
+                        const mil_real *from = in + (h * c.W + w) * c.C + c0;
+                        if (c.by_image) MILI_K(x)->axpy(y, weight[image % c.G * c.taps + tap], from, width);
+                        else MILI_K(x)->mul_add(y, from, by_tap + tap * c.C + c0, width);
+                    }
+                }
+            }
+        }
+    }
+}
+
+MILI_FN void mili_conv_run(const mil_exec *x)
+{
+    const mili_conv c = mili_conv_sizes(x->node, x->node->input[0], x->node->input[1]);
+    mil_real *by_tap = (mil_real *)x->scratch;
+    if (x->node->count == 0) return;
+    if (!c.by_image)
+        for (int64_t tap = 0; tap < c.taps; tap++)
+            for (int64_t j = 0; j < c.C; j++) by_tap[tap * c.C + j] = MILI_IN(x, 1)[j / (c.C / c.G) * c.taps + tap];
+    mili_for(x, c.I * c.H, c.W * c.C * c.taps, mili_conv_body);
+}
+
+#ifndef MIL_NO_TRAINING
+// dweight[g,a,b] = sum of dy[t,u] x[t + a - before_h, u + b - before_w], dbias[g] = sum of dy: the second result.
+// A task is a block of channels, or one filter; it goes through all positions in order.
+MILI_FN size_t mili_conv_dw_scratch(const mil_node *n)
+{
+    return (size_t)((n->shape[2] * n->shape[3] + 1) * MILI_CONV_CHANNELS) * sizeof(mil_real);
+}
+
+// Adds up images first, first + step, ... for channels c0 .. c0 + width - 1 into acc [taps + 1, MILI_CONV_CHANNELS].
+MILI_FN void mili_conv_correlate(const mil_exec *x, const mili_conv *c, int64_t first, int64_t step, int64_t c0, int64_t width, mil_real *acc)
+{
+    const mili_kernels *K = MILI_K(x);
+    memset(acc, 0, (size_t)((c->taps + 1) * MILI_CONV_CHANNELS) * sizeof *acc);
+    for (int64_t image = first; image < c->I; image += step)
+        for (int64_t t = 0; t < c->H; t++)
+            for (int64_t u = 0; u < c->W; u++) {
+                const mil_real *dy = MILI_IN(x, 1) + ((image * c->H + t) * c->W + u) * c->C + c0;
+                K->add(acc + c->taps * MILI_CONV_CHANNELS, acc + c->taps * MILI_CONV_CHANNELS, dy, width);
+                for (int64_t a = 0; a < c->kh; a++) {
+                    const int64_t h = t + a - c->before_h;
+                    if (h < 0 || h >= c->H) continue;
+                    for (int64_t b = 0; b < c->kw; b++) {
+                        const int64_t w = u + b - c->before_w;
+                        if (w < 0 || w >= c->W) continue;
+                        K->mul_add(acc + (a * c->kw + b) * MILI_CONV_CHANNELS, dy, MILI_IN(x, 0) + ((image * c->H + h) * c->W + w) * c->C + c0, width);
+                    }
+                }
+            }
+}
+
+MILI_FN void mili_conv_dw_task(void *arg, int64_t index, void *scratch)
+{
+    const mil_exec *x = (const mil_exec *)arg;
+    const mili_conv c = mili_conv_sizes(x->node, x->node->input[0], x->node);
+    mil_real *acc = (mil_real *)scratch, *dw = MILI_OUT(x), *db = (mil_real *)x->second;
+    if (c.G == c.C && !c.by_image) {
+        const int64_t c0 = index * MILI_CONV_CHANNELS, width = MILI_MIN(MILI_CONV_CHANNELS, c.C - c0);
+        mili_conv_correlate(x, &c, 0, 1, c0, width, acc);
+        for (int64_t j = 0; j < width; j++) {
+            for (int64_t tap = 0; tap < c.taps; tap++) dw[(c0 + j) * c.taps + tap] = acc[tap * MILI_CONV_CHANNELS + j];
+            if (db) db[c0 + j] = acc[c.taps * MILI_CONV_CHANNELS + j];
+        }
+        return;
+    }
+    const int64_t begin = c.by_image ? 0 : index * (c.C / c.G), end = c.by_image ? c.C : begin + c.C / c.G;
+    memset(dw + index * c.taps, 0, (size_t)c.taps * sizeof *dw);
+    if (db) db[index] = 0;
+    for (int64_t c0 = begin; c0 < end; c0 += MILI_CONV_CHANNELS) {
+        const int64_t width = MILI_MIN(MILI_CONV_CHANNELS, end - c0);
+        mili_conv_correlate(x, &c, c.by_image ? index : 0, c.by_image ? c.G : 1, c0, width, acc);
+        for (int64_t tap = 0; tap < c.taps; tap++) dw[index * c.taps + tap] += MILI_K(x)->sum(acc + tap * MILI_CONV_CHANNELS, width);
+        if (db) db[index] += MILI_K(x)->sum(acc + c.taps * MILI_CONV_CHANNELS, width);
+    }
+}
+
+MILI_FN void mili_conv_dw_run(const mil_exec *x)
+{
+    union { const mil_exec *c; void *m; } u;
+    const mili_conv c = mili_conv_sizes(x->node, x->node->input[0], x->node);
+    u.c = x;
+    mil_exec_parallel(x, c.G == c.C && !c.by_image ? (c.C + MILI_CONV_CHANNELS - 1) / MILI_CONV_CHANNELS : c.G, mili_conv_dw_task, u.m);
+}
+static const mil_op mili_op_conv_dw = { "gradient of conv by its weight", mili_conv_dw_run, NULL, NULL, NULL, NULL, NULL, mili_conv_dw_scratch, NULL, NULL, NULL, 0 };
+
+MILI_FN void mili_conv_grad(mil_node *n, mil_node *dy)
+{
+    mil_node *x = n->input[0], *w = n->input[1], *bias = n->input_count > 2 ? n->input[2] : NULL;
+    mil_spec s = mil_spec_make(n->op, MIL_KIND_WHOLE, 4, x->shape);
+    s.input_count = 2;
+    s.input[0] = dy;
+    s.input[1] = w;
+    memcpy(s.i, n->i, sizeof s.i);
+    s.i[2] = !n->i[2];
+    if (mil_wants_grad(x)) mil_add_grad(x, mil_record(n->tape, &s));
+    if (!mil_wants_grad(w) && !mil_wants_grad(bias)) return;
+    s.op = &mili_op_conv_dw;
+    for (int a = 0; a < 4; a++) s.shape[a] = w->shape[a];
+    s.input[0] = x;
+    s.input[1] = dy;
+    s.i[2] = 0;
+    mil_node *dw = mil_record(n->tape, &s);
+    mil_add_grad(w, dw);
+    if (bias) mil_add_grad(bias, mil_node_second(dw, MIL_REAL_DTYPE, bias->rank, bias->shape));
+}
+#endif
+static const mil_op mili_op_conv = { "conv", mili_conv_run, NULL, NULL, NULL, NULL, NULL, mili_conv_scratch, NULL, NULL, MILI_GRAD(mili_conv_grad), 0 };
+
+// x as [I, H, W, C]; the result has x's own shape.
+MILI_FN mil_node *mili_conv_record(mil_node *x, mil_node *weight, mil_node *bias, const int64_t *images, int64_t kh, int64_t kw, int64_t before_h, int64_t before_w, int by_image)
+{
+    const int biased = bias != NULL;
+    x = mili_real(x);
+    weight = mili_real(weight);
+    if (!x || !weight) return NULL;
+    if (biased && !(bias = mili_real(bias))) return NULL;
+    const int64_t G = weight->rank ? weight->shape[0] : 0;
+    if (G < 1 || kh < 1 || kw < 1 || weight->count != G * kh * kw || (biased && bias->count != G) || (by_image ? images[0] : images[3]) % G)
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "conv: x %s, weight %s%s%s", MILI_SHAPE(x), MILI_SHAPE(weight), biased ? ", bias " : "", biased ? MILI_SHAPE(bias) : "");
+    int64_t filters[4];
+    filters[0] = G;
+    filters[1] = 1;
+    filters[2] = kh;
+    filters[3] = kw;
+    mil_spec s = mil_spec_make(&mili_op_conv, MIL_KIND_WHOLE, 4, images);
+    s.input_count = biased ? 3 : 2;
+    s.input[0] = mil_reshape(x, 4, images);
+    s.input[1] = mil_reshape(weight, 4, filters);
+    s.input[2] = bias;
+    s.i[0] = before_h;
+    s.i[1] = before_w;
+    s.i[3] = by_image;
+    return mil_reshape(mil_record(x->tape, &s), x->rank, x->shape);
+}
+
+MIL_DEF mil_node *mil_conv_grid(mil_node *x, mil_node *weight, mil_node *bias)
+{
+    if (!x || !weight) return NULL;
+    if (x->rank != 4 || weight->rank != 4) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "conv_grid: x %s, weight %s: needs [B, H, W, C] and [G, 1, kh, kw]", MILI_SHAPE(x), MILI_SHAPE(weight));
+    return mili_conv_record(x, weight, bias, x->shape, weight->shape[2], weight->shape[3], weight->shape[2] / 2, weight->shape[3] / 2, 0);
+}
+
+MIL_DEF mil_node *mil_conv_rows(mil_node *x, mil_node *weight, mil_node *bias, int64_t before)
+{
+    if (!x || !weight) return NULL;
+    if (x->rank != 3 || weight->rank < 1 || weight->shape[0] < 1) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "conv_rows: x %s, weight %s: needs [B, N, C] and [G, 1, k]", MILI_SHAPE(x), MILI_SHAPE(weight));
+    int64_t images[4];
+    images[0] = x->shape[0];
+    images[1] = x->shape[1];
+    images[2] = 1;
+    images[3] = x->shape[2];
+    return mili_conv_record(x, weight, bias, images, weight->count / weight->shape[0], 1, before, 0, 0);
+}
+
+MIL_DEF mil_node *mil_conv_maps(mil_node *x, mil_node *weight, mil_node *bias, int64_t before)
+{
+    if (!x || !weight) return NULL;
+    if (x->rank < 3 || weight->rank < 1 || weight->shape[0] < 1 || x->shape[x->rank - 3] != weight->shape[0])
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "conv_maps: x %s, weight %s: needs [.., G, N, M] and [G, 1, k]", MILI_SHAPE(x), MILI_SHAPE(weight));
+    int64_t images[4];
+    images[0] = mili_shape_count(x->rank - 2, x->shape);
+    images[1] = x->shape[x->rank - 2];
+    images[2] = 1;
+    images[3] = x->cols;
+    return mili_conv_record(x, weight, bias, images, weight->count / weight->shape[0], 1, before, 0, 1);
+}
+
+// ---- order ----
+// Whether a stands before b: larger (or smaller) first, a NaN before all, equal values by index.
+MILI_FN int mili_before(mil_real a, int64_t ia, mil_real b, int64_t ib, int largest)
+{
+    const int na = mili_is_nan(a), nb = mili_is_nan(b);
+    if (na || nb) return na && nb ? ia < ib : na;
+    return a == b ? ia < ib : largest ? a > b : a < b;
+}
+
+// Indices of x [outer, n, inner] along n, sorted; the first k are written. i[]: axis, largest.
+MILI_FN void mili_order_task(void *arg, int64_t slice, void *scratch)
+{
+    const mil_exec *x = (const mil_exec *)arg;
+    const mil_node *node = x->node;
+    const mili_around s = mili_around_axis(node->input[0], (int)node->i[0]);
+    const int64_t k = node->shape[node->i[0]], n = s.n, inner = s.inner, o = slice / inner, j = slice % inner;
+    const mil_real *v = MILI_IN(x, 0) + o * n * inner + j;
+    int64_t *out = (int64_t *)x->out + o * k * inner + j, *a = (int64_t *)scratch, *b = a + n, count = 0;
+    const int largest = (int)node->i[1];
+    if (k <= 32) {                                         // one pass with a short sorted list
+        for (int64_t i = 0; i < n; i++) {
+            if (count == k && (k == 0 || !mili_before(v[i * inner], i, v[a[k - 1] * inner], a[k - 1], largest))) continue;
+            int64_t at = count < k ? count++ : k - 1;
+            for (; at > 0 && mili_before(v[i * inner], i, v[a[at - 1] * inner], a[at - 1], largest); at--) a[at] = a[at - 1];
+            a[at] = i;
+        }
+    } else {                                               // merge sort
+        for (int64_t i = 0; i < n; i++) a[i] = i;
+        for (int64_t run = 1; run < n; run *= 2) {
+            for (int64_t first = 0; first < n; first += 2 * run) {
+                const int64_t middle = MILI_MIN(first + run, n), last = MILI_MIN(first + 2 * run, n);
+                int64_t p = first, q = middle;
+                for (int64_t at = first; at < last; at++)
+                    b[at] = q >= last || (p < middle && mili_before(v[a[p] * inner], a[p], v[a[q] * inner], a[q], largest)) ? a[p++] : a[q++];
+            }
+            int64_t *t = a;
+            a = b;
+            b = t;
+        }
+    }
+    for (int64_t i = 0; i < k; i++) out[i * inner] = a[i];
+}
+
+MILI_FN void mili_order_run(const mil_exec *x)
+{
+    union { const mil_exec *c; void *m; } u;
+    const mili_around s = mili_around_axis(x->node->input[0], (int)x->node->i[0]);
+    u.c = x;
+    mil_exec_parallel(x, s.outer * s.inner, mili_order_task, u.m);
+}
+MILI_FN size_t mili_order_scratch(const mil_node *n) { return (size_t)n->input[0]->shape[n->i[0]] * 2 * sizeof(int64_t); }
+static const mil_op mili_op_topk = { "topk", mili_order_run, NULL, NULL, NULL, NULL, NULL, mili_order_scratch, NULL, NULL, NULL, MIL_OP_STOPS_GRADIENT };
+static const mil_op mili_op_argsort = { "argsort", mili_order_run, NULL, NULL, NULL, NULL, NULL, mili_order_scratch, NULL, NULL, NULL, MIL_OP_STOPS_GRADIENT };
+
+MILI_FN mil_node *mili_order(mil_node *x, const mil_op *op, int64_t k, int axis, int largest)
+{
+    x = mili_real(x);
+    if (!x) return NULL;
+    const int a = mili_axis(x, axis, op->name);
+    if (a < 0) return NULL;
+    if (k == -1) k = x->shape[a];
+    if (k < 0 || k > x->shape[a]) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "%s: %lld of axis %d of %s", op->name, (long long)k, a, MILI_SHAPE(x));
+    mil_spec s = mil_spec_make(op, MIL_KIND_WHOLE, x->rank, x->shape);
+    s.dtype = MIL_I64;
+    s.shape[a] = k;
+    s.input_count = 1;
+    s.input[0] = x;
+    s.i[0] = a;
+    s.i[1] = largest;
+    return mil_record(x->tape, &s);
+}
+
+MIL_DEF mil_node *mil_topk(mil_node *x, int64_t k, int axis, int largest)
+{
+    if (x && k < 0) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "topk: k is %lld", (long long)k);
+    return mili_order(x, &mili_op_topk, k, axis, largest);
+}
+MIL_DEF mil_node *mil_argsort(mil_node *x, int axis, int descending) { return mili_order(x, &mili_op_argsort, -1, axis, descending); }
+
+// ---- neighbours ----
+// y [B, N, k]: for each row i of q the k rows j of t with the largest <q[i], t[j]>, best first. Tiles of scores and a sorted list
+// per row: no [N, M] matrix. A later j needs a truly larger score, so equal ones go to the lowest index.
+enum { MILI_KNN_QUERIES = 256, MILI_KNN_KEYS = 256 };
+MILI_FN size_t mili_knn_scratch(const mil_node *n)
+{
+    const size_t lists = (size_t)(MILI_KNN_QUERIES * n->shape[2]);
+    return (size_t)(MILI_GEMM_BLOCK + MILI_KNN_QUERIES * MILI_KNN_KEYS) * sizeof(mil_real) + lists * sizeof(mil_real);
+}
+
+MILI_FN void mili_knn_task(void *arg, int64_t index, void *scratch)
+{
+    const mil_exec *x = (const mil_exec *)arg;
+    const mil_node *q = x->node->input[0], *t = x->node->input[1];
+    const int64_t N = q->shape[1], M = t->shape[1], E = q->shape[2], k = x->node->shape[2], tiles = (N + MILI_KNN_QUERIES - 1) / MILI_KNN_QUERIES;
+    const int64_t b = index / tiles, i0 = index % tiles * MILI_KNN_QUERIES, count = MILI_MIN(MILI_KNN_QUERIES, N - i0);
+    mil_real *gemm = (mil_real *)scratch, *s = gemm + MILI_GEMM_BLOCK, *best = s + MILI_KNN_QUERIES * MILI_KNN_KEYS;
+    int64_t *out = (int64_t *)x->out + (b * N + i0) * k;
+    for (int64_t j0 = 0; j0 < M; j0 += MILI_KNN_KEYS) {
+        const int64_t keys = MILI_MIN(MILI_KNN_KEYS, M - j0);
+        mili_product(MILI_K(x), count, keys, E, MILI_IN(x, 0) + (b * N + i0) * E, E, 1, MILI_IN(x, 1) + (b * M + j0) * E, 1, E, NULL, s, keys, 0, gemm);
+        for (int64_t r = 0; r < count; r++) {
+            mil_real *top = best + r * k;
+            int64_t *at = out + r * k;
+            for (int64_t j = 0; j < keys; j++) {
+                const mil_real v = s[r * keys + j];
+                int64_t held = MILI_MIN(j0 + j, k);
+                if (held == k && (k == 0 || !(v > top[k - 1] || (mili_is_nan(v) && !mili_is_nan(top[k - 1]))))) continue;
+                int64_t p = held < k ? held : k - 1;
+                for (; p > 0 && mili_before(v, j0 + j, top[p - 1], at[p - 1], 1); p--) {
+                    top[p] = top[p - 1];
+                    at[p] = at[p - 1];
+                }
+                top[p] = v;
+                at[p] = j0 + j;
+            }
+        }
+    }
+}
+
+MILI_FN void mili_knn_run(const mil_exec *x)
+{
+    union { const mil_exec *c; void *m; } u;
+    const int64_t N = x->node->shape[1];
+    u.c = x;
+    mil_exec_parallel(x, x->node->shape[0] * ((N + MILI_KNN_QUERIES - 1) / MILI_KNN_QUERIES), mili_knn_task, u.m);
+}
+static const mil_op mili_op_knn = { "nearest", mili_knn_run, NULL, NULL, NULL, NULL, NULL, mili_knn_scratch, NULL, NULL, NULL, MIL_OP_STOPS_GRADIENT };
+
+MIL_DEF mil_node *mil_nearest(mil_node *q, mil_node *t, int64_t k)
+{
+    q = mili_real(q);
+    t = mili_real(t);
+    if (!q || !t) return NULL;
+    if (q->rank != 3 || t->rank != 3 || q->shape[0] != t->shape[0] || q->shape[2] != t->shape[2] || k < 0 || k > t->shape[1])
+        return mil_tape_fail(q->tape, MIL_ERROR_SHAPE, "nearest: the %lld best of %s for %s", (long long)k, MILI_SHAPE(t), MILI_SHAPE(q));
+    mil_spec s = mil_spec_make(&mili_op_knn, MIL_KIND_WHOLE, 3, q->shape);
+    s.dtype = MIL_I64;
+    s.shape[2] = k;
+    s.input_count = 2;
+    s.input[0] = q;
+    s.input[1] = t;
+    return mil_record(q->tape, &s);
+}
+
+// y [B, M, k E]: row (b, i) holds the rows index[b,i,0], index[b,i,1], ... of x[b] side by side. Row-wise in the index, so with a
+// short k and slices of the last axis nothing of size [B, M, k, E] need exist. An index outside x gives NaNs (and an error
+// from the gradient).
+MILI_FN void mili_gather_rows_run(const mil_exec *x)
+{
+    const mil_node *n = x->node;
+    const int64_t M = n->shape[1], N = n->input[0]->shape[1], E = n->input[0]->shape[2], k = n->input[1]->shape[2];
+    for (int64_t r = 0; r < x->rows; r++) {
+        const int64_t b = (x->row + r) / M;
+        for (int64_t j = 0; j < k; j++) {
+            const int64_t at = MILI_IN_INDEX(x, 1)[r * k + j];
+            mil_real *y = MILI_OUT(x) + (r * k + j) * E;
+            if (at >= 0 && at < N) memcpy(y, MILI_IN(x, 0) + (b * N + at) * E, (size_t)E * sizeof *y);
+            else for (int64_t c = 0; c < E; c++) y[c] = MILI_INF - MILI_INF;
+        }
+    }
+}
+
+#ifndef MIL_NO_TRAINING
+// The reverse: x [B, N, E] with x[b,n] = the sum of all pieces of dy whose index is n, in their order. A counting sort of the
+// indices gives each row its list, so that rows can be summed in parallel.
+MILI_FN size_t mili_scatter_rows_scratch(const mil_node *n) { return (size_t)(n->shape[0] * n->shape[1] + 1 + n->input[1]->count) * sizeof(int64_t); }
+
+MILI_FN void mili_scatter_rows_body(const mil_exec *x, int64_t begin, int64_t end)
+{
+    const int64_t E = x->node->shape[2], *start = (const int64_t *)x->scratch, *list = start + x->node->shape[0] * x->node->shape[1] + 1;
+    for (int64_t row = begin; row < end; row++) {
+        mil_real *y = MILI_OUT(x) + row * E;
+        memset(y, 0, (size_t)E * sizeof *y);
+        for (int64_t i = start[row]; i < start[row + 1]; i++) MILI_K(x)->add(y, y, MILI_IN(x, 0) + list[i] * E, E);
+    }
+}
+
+MILI_FN void mili_scatter_rows_run(const mil_exec *x)
+{
+    const mil_node *n = x->node;
+    const int64_t B = n->shape[0], N = n->shape[1], rows = B * N, pieces = n->input[1]->count, each = B ? pieces / B : 0, *index = MILI_IN_INDEX(x, 1);
+    int64_t *start = (int64_t *)x->scratch, *list = start + rows + 1;
+    memset(x->out, 0, (size_t)n->count * sizeof(mil_real));
+    if (!mili_check_index(x, index, pieces, N) || rows == 0) return;
+    memset(start, 0, (size_t)(rows + 1) * sizeof *start);
+    for (int64_t i = 0; i < pieces; i++) start[i / each * N + index[i] + 1]++;
+    for (int64_t r = 0; r < rows; r++) start[r + 1] += start[r];
+    for (int64_t i = 0; i < pieces; i++) list[start[i / each * N + index[i]]++] = i;
+    for (int64_t r = rows; r > 0; r--) start[r] = start[r - 1];              // filling moved each start to the next one's
+    start[0] = 0;
+    mili_for(x, rows, n->shape[2] * (1 + pieces / rows), mili_scatter_rows_body);
+}
+
+MILI_FN void mili_scatter_rows_grad(mil_node *n, mil_node *dy);
+static const mil_op mili_op_scatter_rows = { "scatter_rows", mili_scatter_rows_run, NULL, NULL, NULL, NULL, NULL, mili_scatter_rows_scratch, NULL, NULL, mili_scatter_rows_grad, 0 };
+
+MILI_FN void mili_gather_rows_grad(mil_node *n, mil_node *dy)
+{
+    mil_spec s = mil_spec_make(&mili_op_scatter_rows, MIL_KIND_WHOLE, 3, n->input[0]->shape);
+    s.input_count = 2;
+    s.input[0] = dy;
+    s.input[1] = n->input[1];
+    mil_add_grad(n->input[0], mil_record(n->tape, &s));
+}
+MILI_FN void mili_scatter_rows_grad(mil_node *n, mil_node *dy) { mil_add_grad(n->input[0], mil_gather_rows(dy, n->input[1])); }
+#endif
+static const mil_op mili_op_gather_rows = MILI_ROWS_OP("gather_rows", mili_gather_rows_run, mili_gather_rows_grad);
+
+MIL_DEF mil_node *mil_gather_rows(mil_node *x, mil_node *index)
+{
+    x = mili_real(x);
+    index = mili_index(index);
+    if (!x || !index) return NULL;
+    if (x->rank != 3 || index->rank != 3 || x->shape[0] != index->shape[0] || (x->shape[2] > 0 && index->shape[2] > INT64_MAX / 8 / x->shape[2]))
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "gather_rows: x %s by index %s: needs [B, N, E] and [B, M, k]", MILI_SHAPE(x), MILI_SHAPE(index));
+    mil_spec s = mil_spec_make(&mili_op_gather_rows, MIL_KIND_ROWS, 3, index->shape);
+    s.shape[2] = index->shape[2] * x->shape[2];
+    s.input_count = 2;
+    s.input[0] = x;
+    s.input[1] = index;
+    s.row_inputs = 2;
+    return mil_record(x->tape, &s);
+}
+
+// ---- smooth top-1 SVM loss (Berrada, Zisserman, Kumar, ICLR 2018), per row; target y, delta_j = alpha [j != y] ----
+//   hard row, largest - second largest score >= tau ln 1000:  l = max_j (x_j + delta_j) - x_y
+//   smooth row, otherwise:                                    l = tau log sum_j exp((x_j + delta_j - x_y) / tau)
+// The test has no gradient. Inputs: x [R, C], labels [R, 1]. With a third, dl [R, 1], the result is dx [R, C].
+MILI_FN void mili_svm_run(const mil_exec *x)
+{
+    const mil_node *n = x->node;
+    const int64_t C = n->input[0]->cols;
+    const mil_real alpha = (mil_real)n->r[0], tau = (mil_real)n->r[1];
+    const int grad = n->input_count > 2;
+    for (int64_t r = 0; r < x->rows; r++) {
+        const mil_real *s = MILI_IN(x, 0) + r * C;
+        const int64_t y = MILI_IN_INDEX(x, 1)[r];
+        mil_real first = -MILI_INF, second = -MILI_INF, top = -MILI_INF, sum = 0, *out = MILI_OUT(x) + r * n->cols;
+        int64_t at = 0;
+        if (y < 0 || y >= C) {
+            for (int64_t j = 0; j < n->cols; j++) out[j] = MILI_INF - MILI_INF;
+            continue;
+        }
+        for (int64_t j = 0; j < C; j++) {
+            const mil_real v = s[j] + (j != y ? alpha : 0);
+            if (s[j] > first) { second = first; first = s[j]; }
+            else if (s[j] > second) second = s[j];
+            if (v > top) { top = v; at = j; }
+        }
+        const int hard = first - second >= tau * (mil_real)6.907755278982137;
+        for (int64_t j = 0; j < C; j++) sum += mili_exp((s[j] + (j != y ? alpha : 0) - top) / tau);
+        if (!grad) *out = hard ? top - s[y] : tau * mili_log(sum) + (top - s[y]);
+        else
+            for (int64_t j = 0; j < C; j++) {
+                const mil_real p = hard ? (mil_real)(j == at) : mili_exp((s[j] + (j != y ? alpha : 0) - top) / tau) / sum;
+                out[j] = MILI_IN(x, 2)[r] * (p - (mil_real)(j == y));
+            }
+    }
+}
+
+#ifndef MIL_NO_TRAINING
+static const mil_op mili_op_svm_grad = MILI_ROWS_OP("gradient of smooth_svm", mili_svm_run, NULL);
+
+MILI_FN void mili_svm_grad(mil_node *n, mil_node *dy)
+{
+    mil_spec s = mil_spec_make(&mili_op_svm_grad, MIL_KIND_ROWS, 2, n->input[0]->shape);
+    s.input_count = 3;
+    s.input[0] = n->input[0];
+    s.input[1] = n->input[1];
+    s.input[2] = dy;
+    s.row_inputs = 7;
+    s.r[0] = n->r[0];
+    s.r[1] = n->r[1];
+    mil_add_grad(n->input[0], mil_record(n->tape, &s));
+}
+#endif
+static const mil_op mili_op_svm = MILI_ROWS_OP("smooth_svm", mili_svm_run, mili_svm_grad);
+
+MIL_DEF mil_node *mil_smooth_svm(mil_node *scores, mil_node *labels, double alpha, double tau)
+{
+    scores = mili_real(scores);
+    labels = mili_index(labels);
+    if (!scores || !labels) return NULL;
+    if (scores->rank != 2 || labels->count != scores->shape[0] || scores->cols < 1 || scores->shape[0] < 1)
+        return mil_tape_fail(scores->tape, MIL_ERROR_SHAPE, "smooth_svm: scores %s, labels %s", MILI_SHAPE(scores), MILI_SHAPE(labels));
+    if (!(tau > 0)) return mil_tape_fail(scores->tape, MIL_ERROR_ARGUMENT, "smooth_svm: tau is %g", tau);
+    mil_spec s = mil_spec_make(&mili_op_svm, MIL_KIND_ROWS, 2, scores->shape);
+    s.shape[1] = 1;
+    s.input_count = 2;
+    s.input[0] = scores;
+    s.input[1] = mil_reshape(labels, 2, s.shape);
+    s.row_inputs = 3;
+    s.r[0] = alpha;
+    s.r[1] = tau;
+    return mil_reshape(mil_mean(mil_record(scores->tape, &s), 0), 0, NULL);
+}
+
+// ---- drop path ----
+// One draw per slice of the first axis, shared by all that follows.
+MIL_DEF mil_node *mil_drop_path(mil_node *x, double rate, const char *draw)
+{
+    x = mili_real(x);
+    if (!x || !x->tape->training || rate == 0) return x;
+    if (x->rank < 1) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "drop_path: of a scalar");
+    int64_t shape[MIL_MAX_RANK];
+    for (int a = 0; a < x->rank; a++) shape[a] = a ? 1 : x->shape[0];
+    return mil_mul(x, mil_dropout(mil_constant(x->tape, x->rank, shape, 1), rate, draw));
 }
 
 // ==== >>layer-code: layers ========================================================================================

@@ -1,0 +1,253 @@
+// build: float double
+// Attention by tiles against the plain formula with its [N, M] matrix.
+#include "check.h"
+#include "gradcheck.h"
+
+static const double tol = sizeof(mil_real) == 8 ? 1e-11 : 2e-5;
+
+// i: heads; dropout r[0]; input 3: key mask
+static mil_node *record_attention(mil_tape *tape, const grad_case *c, mil_node *const *in)
+{
+    (void)tape;
+    return mil_attention(in[0], in[1], in[2], c->i[0], c->r[1], c->count > 3 ? in[3] : NULL, c->r[0], "keep");
+}
+
+static void reference_attention(const grad_case *c, mil_real *const *x, const mil_real *y, int64_t count)
+{
+    const int64_t B = c->shape[0][0], N = c->shape[0][1], H = c->i[0], d = c->shape[0][2] / H, M = c->shape[1][1], e = c->shape[2][2] / H;
+    double *p = (double *)malloc((size_t)(M + 1) * sizeof *p);
+    const double scale = c->r[1] != 0 ? c->r[1] : 1 / sqrt((double)d);
+    CHECK(count == B * N * H * e);
+    for (int64_t b = 0; b < B; b++) for (int64_t h = 0; h < H; h++) for (int64_t i = 0; i < N; i++) {
+        double top = -1e300, sum = 0;
+        for (int64_t j = 0; j < M; j++) {
+            p[j] = 0;
+            for (int64_t l = 0; l < d; l++) p[j] += (double)x[0][(b * N + i) * H * d + h * d + l] * (double)x[1][(b * M + j) * H * d + h * d + l];
+            p[j] *= scale;
+            if (c->count > 3 && x[3][b * M + j] == 0) p[j] = -1e300;
+            else if (p[j] > top) top = p[j];
+        }
+        for (int64_t j = 0; j < M; j++) sum += p[j] = p[j] == -1e300 ? 0 : exp(p[j] - top);
+        for (int64_t l = 0; l < e; l++) {
+            double o = 0;
+            for (int64_t j = 0; j < M; j++) o += p[j] * (double)x[2][(b * M + j) * H * e + h * e + l];
+            CHECK_NEAR(y[(b * N + i) * H * e + h * e + l], sum > 0 ? o / sum : 0, tol);
+        }
+    }
+    free(p);
+}
+
+static grad_case attention_case(int64_t B, int64_t N, int64_t M, int64_t H, int64_t d, int64_t e)
+{
+    grad_case c;
+    memset(&c, 0, sizeof c);
+    c.record = record_attention;
+    c.count = 3;
+    for (int i = 0; i < 3; i++) {
+        c.rank[i] = 3;
+        c.shape[i][0] = B;
+        c.shape[i][1] = i ? M : N;
+        c.shape[i][2] = H * (i == 2 ? e : d);
+    }
+    c.i[0] = H;
+    c.spread = 2;
+    return c;
+}
+
+TEST(attention_equals_the_formula)
+{
+    static const int64_t sizes[][6] = { { 1, 1, 1, 1, 1, 1 }, { 2, 5, 7, 2, 3, 4 }, { 1, 127, 3, 1, 5, 2 }, { 1, 128, 9, 2, 4, 4 }, { 2, 129, 33, 1, 8, 16 },
+                                        { 1, 3, 512, 2, 4, 4 }, { 1, 3, 513, 2, 4, 4 }, { 1, 130, 600, 1, 3, 5 }, { 2, 40, 768, 2, 8, 8 }, { 3, 50, 2, 3, 2, 1 } };
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+        grad_case c = attention_case(sizes[s][0], sizes[s][1], sizes[s][2], sizes[s][3], sizes[s][4], sizes[s][5]);
+        c.r[1] = s % 2 ? 0.7 : 0;
+        grad_check(&c, reference_attention);
+    }
+}
+
+static void fill_mask(const grad_case *c, int input, mil_real *x, int64_t count)
+{
+    if (input != 3) return;
+    for (int64_t j = 0; j < count; j++) x[j] = (mil_real)(grad_random() > 0 && j >= c->shape[1][1]);       // all keys of the first bag are masked
+}
+
+TEST(masked_keys_take_no_part)
+{
+    static const int64_t keys[] = { 1, 37, 530 };
+    for (int s = 0; s < 3; s++) {
+        grad_case c = attention_case(2, 19, keys[s], 2, 3, 4);
+        c.count = 4;
+        c.rank[3] = 2;
+        c.shape[3][0] = 2;
+        c.shape[3][1] = keys[s];
+        c.fixed = 8;
+        c.fill = fill_mask;
+        grad_check(&c, reference_attention);
+    }
+}
+
+TEST(dropout_has_the_gradient_of_what_it_did)
+{
+    static const int64_t keys[] = { 6, 61, 520 };
+    for (int s = 0; s < 3; s++) {
+        grad_case c = attention_case(2, 21, keys[s], 2, 3, 4);
+        c.training = 1;
+        c.r[0] = 0.25;
+        grad_check(&c, NULL);
+    }
+}
+
+TEST(dropout_keeps_the_expected_share_and_replays_a_supplied_draw)
+{
+    enum { N = 40, M = 600 };
+    mil_context *ctx;
+    mil_tape *tape;
+    mil_real q[N], k[M], v[M], y[N], *keep = (mil_real *)malloc(N * M * sizeof(mil_real));
+    double sum = 0;
+    for (int way = 0; way < 2; way++) {
+        int64_t sq[3] = { 1, N, 1 }, sk[3] = { 1, M, 1 }, sd[4] = { 1, 1, N, M };
+        mil_tensor tq, tk, tv, td;
+        mil_node *nq, *nk, *nv, *o;
+        for (int i = 0; i < N; i++) q[i] = 0;
+        for (int j = 0; j < M; j++) { k[j] = 1; v[j] = 1; }
+        for (int j = 0; j < N * M; j++) keep[j] = (mil_real)(j % 3 == 0);
+        tq = mil_tensor_make(q, MIL_REAL_DTYPE, 3, sq);
+        tk = mil_tensor_make(k, MIL_REAL_DTYPE, 3, sk);
+        tv = mil_tensor_make(v, MIL_REAL_DTYPE, 3, sk);
+        td = mil_tensor_make(keep, MIL_REAL_DTYPE, 4, sd);
+        CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
+        mil_tape_training(tape, 1);
+        if (way) mil_tape_draw(tape, "keep", &td);
+        nq = mil_input(tape, "q", &tq);
+        nk = mil_input(tape, "k", &tk);
+        nv = mil_input(tape, "v", &tv);
+        o = mil_attention(nq, nk, nv, 1, 1, NULL, 0.3, "keep");
+        mil_node_keep(o);
+        CHECK(mil_tape_run(tape) == MIL_OK);
+        CHECK(mil_node_read(o, y, N) == MIL_OK);
+        if (way) for (int i = 0; i < N; i++) CHECK_NEAR(y[i], 200.0 / 600 / 0.7, 1e-5);
+        else {
+            for (int i = 0; i < N; i++) sum += (double)y[i] / N;
+            CHECK_NEAR(sum, 1, 0.03);                      // 24,000 draws: deviation 0.0042
+        }
+        mil_tape_free(tape);
+        mil_context_free(ctx);
+    }
+    free(keep);
+}
+
+// Probabilities of some rows, averaged over heads; their sum is 1 and they are those of the formula.
+static mil_node *record_weights(mil_tape *tape, const grad_case *c, mil_node *const *in)
+{
+    (void)tape;
+    return mil_attention_weights(mil_attention(in[0], in[1], in[1], c->i[0], 0, NULL, 0, NULL), c->i[1], c->i[2]);
+}
+
+static void reference_weights(const grad_case *c, mil_real *const *x, const mil_real *y, int64_t count)
+{
+    const int64_t B = c->shape[0][0], N = c->shape[0][1], H = c->i[0], d = c->shape[0][2] / H, M = c->shape[1][1];
+    CHECK(count == B * c->i[2] * M);
+    for (int64_t b = 0; b < B; b++) for (int64_t i = 0; i < c->i[2]; i++) for (int64_t j = 0; j < M; j++) {
+        double p = 0;
+        for (int64_t h = 0; h < H; h++) {
+            double sum = 0, own = 0;
+            for (int64_t l = 0; l < M; l++) {
+                double s = 0;
+                for (int64_t f = 0; f < d; f++) s += (double)x[0][(b * N + c->i[1] + i) * H * d + h * d + f] * (double)x[1][(b * M + l) * H * d + h * d + f];
+                s = exp(s / sqrt((double)d));
+                sum += s;
+                if (l == j) own = s;
+            }
+            p += own / sum / (double)H;
+        }
+        CHECK_NEAR(y[(b * c->i[2] + i) * M + j], p, tol);
+    }
+}
+
+TEST(weights_of_chosen_rows_are_the_softmax)
+{
+    static const int64_t sizes[][4] = { { 10, 12, 0, 1 }, { 10, 12, 3, 5 }, { 3, 530, 0, 3 } };
+    for (int s = 0; s < 3; s++) {
+        grad_case c = attention_case(2, sizes[s][0], sizes[s][1], 2, 3, 3);
+        c.count = 2;
+        c.record = record_weights;
+        c.fixed = 3;
+        c.i[1] = sizes[s][2];
+        c.i[2] = sizes[s][3];
+        grad_check(&c, reference_weights);
+    }
+}
+
+static mil_node *record_run_mean(mil_tape *tape, const grad_case *c, mil_node *const *in)
+{
+    (void)tape;
+    return mil_run_mean(in[0], c->i[0], c->i[1]);
+}
+
+static void reference_run_mean(const grad_case *c, mil_real *const *x, const mil_real *y, int64_t count)
+{
+    const int64_t n = c->shape[0][1], C = c->shape[0][2], m = c->i[0], l = (n + c->i[1]) / m;
+    CHECK(count == c->shape[0][0] * m * C);
+    for (int64_t b = 0; b < c->shape[0][0]; b++) for (int64_t j = 0; j < m; j++) for (int64_t f = 0; f < C; f++) {
+        double sum = 0;
+        for (int64_t t = j * l; t < (j + 1) * l; t++) if (t >= c->i[1]) sum += (double)x[0][(b * n + t - c->i[1]) * C + f];
+        CHECK_NEAR(y[(b * m + j) * C + f], sum / (double)l, tol);
+    }
+}
+
+TEST(run_means_count_the_zeros_in_front)
+{
+    static const int64_t sizes[][3] = { { 1, 1, 0 }, { 12, 4, 0 }, { 10, 4, 2 }, { 3, 8, 5 }, { 129, 10, 1 } };      // n, m, before
+    for (int s = 0; s < 5; s++) {
+        grad_case c = attention_case(2, sizes[s][0], 1, 1, 3, 1);
+        c.count = 1;
+        c.record = record_run_mean;
+        c.i[0] = sizes[s][1];
+        c.i[1] = sizes[s][2];
+        grad_check(&c, reference_run_mean);
+    }
+}
+
+static mil_node *record_identity_minus(mil_tape *tape, const grad_case *c, mil_node *const *in)
+{
+    (void)tape;
+    return mil_identity_minus(in[0], c->r[0]);
+}
+
+static void reference_identity_minus(const grad_case *c, mil_real *const *x, const mil_real *y, int64_t count)
+{
+    const int64_t n = c->shape[0][1];
+    for (int64_t j = 0; j < count; j++) CHECK_NEAR(y[j], (j % n == j / n % n ? c->r[0] : 0) - (double)x[0][j], tol);
+}
+
+TEST(identity_minus_acts_on_each_matrix)
+{
+    grad_case c = attention_case(3, 5, 1, 1, 5, 1);
+    c.count = 1;
+    c.record = record_identity_minus;
+    c.r[0] = 13;
+    grad_check(&c, reference_identity_minus);
+}
+
+TEST(attention_refuses_what_does_not_fit)
+{
+    mil_context *ctx;
+    mil_tape *tape;
+    int64_t a[3] = { 1, 4, 6 }, b[3] = { 1, 4, 5 };
+    CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
+    CHECK(mil_attention(mil_constant(tape, 3, a, 1), mil_constant(tape, 3, b, 1), mil_constant(tape, 3, a, 1), 2, 0, NULL, 0, NULL) == NULL);
+    CHECK(mil_tape_status(tape) == MIL_ERROR_SHAPE);
+    mil_tape_reset(tape);
+    CHECK(mil_attention(mil_constant(tape, 3, a, 1), mil_constant(tape, 3, a, 1), mil_constant(tape, 3, a, 1), 4, 0, NULL, 0, NULL) == NULL);
+    mil_tape_reset(tape);
+    CHECK(mil_attention(mil_constant(tape, 3, a, 1), mil_constant(tape, 3, a, 1), mil_constant(tape, 3, a, 1), 2, 0, NULL, 1, NULL) == NULL);
+    CHECK(mil_tape_status(tape) == MIL_ERROR_ARGUMENT);
+    mil_tape_reset(tape);
+    CHECK(mil_attention_weights(mil_constant(tape, 3, a, 1), 0, 1) == NULL);
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+TESTS(T(attention_equals_the_formula) T(masked_keys_take_no_part) T(dropout_has_the_gradient_of_what_it_did)
+      T(dropout_keeps_the_expected_share_and_replays_a_supplied_draw) T(weights_of_chosen_rows_are_the_softmax)
+      T(run_means_count_the_zeros_in_front) T(identity_minus_acts_on_each_matrix) T(attention_refuses_what_does_not_fit))

@@ -1,0 +1,306 @@
+// build: float double
+// Depth-wise convolutions, order, neighbours, gathered rows, the smooth SVM loss: against plain loops.
+#include "check.h"
+#include "gradcheck.h"
+
+static const double tol = sizeof(mil_real) == 8 ? 1e-11 : 2e-5;
+
+static grad_case case_of(mil_node *(*record)(mil_tape *tape, const grad_case *c, mil_node *const *in))
+{
+    grad_case c;
+    memset(&c, 0, sizeof c);
+    c.record = record;
+    return c;
+}
+
+static void add_input(grad_case *c, int rank, int64_t a, int64_t b, int64_t d, int64_t e)
+{
+    const int64_t shape[4] = { a, b, d, e };
+    c->rank[c->count] = rank;
+    memcpy(c->shape[c->count++], shape, sizeof shape);
+}
+
+// ---- convolutions. i: kind (0 grid, 1 rows, 2 maps), before
+static mil_node *record_conv(mil_tape *tape, const grad_case *c, mil_node *const *in)
+{
+    mil_node *bias = c->count > 2 ? in[2] : NULL;
+    (void)tape;
+    if (c->i[0] == 0) return mil_conv_grid(in[0], in[1], bias);
+    return c->i[0] == 1 ? mil_conv_rows(in[0], in[1], bias, c->i[1]) : mil_conv_maps(in[0], in[1], bias, c->i[1]);
+}
+
+static void reference_conv(const grad_case *c, mil_real *const *x, const mil_real *y, int64_t count)
+{
+    const int64_t *s = c->shape[0], G = c->shape[1][0], kh = c->shape[1][2], kw = c->rank[1] > 3 ? c->shape[1][3] : 1;
+    int64_t I = s[0], H = s[1], W = 1, C = s[2], bh = c->i[1], bw = 0;
+    if (c->i[0] == 0) { W = s[2]; C = s[3]; bh = kh / 2; bw = kw / 2; }
+    if (c->i[0] == 2) { I = s[0] * s[1]; H = s[2]; C = s[3]; }
+    CHECK(count == I * H * W * C);
+    for (int64_t i = 0; i < I; i++) for (int64_t t = 0; t < H; t++) for (int64_t u = 0; u < W; u++) for (int64_t f = 0; f < C; f++) {
+        const int64_t g = c->i[0] == 2 ? i % G : f / (C / G);
+        double sum = c->count > 2 ? (double)x[2][g] : 0;
+        for (int64_t a = 0; a < kh; a++) for (int64_t b = 0; b < kw; b++) {
+            const int64_t h = t + a - bh, w = u + b - bw;
+            if (h >= 0 && h < H && w >= 0 && w < W) sum += (double)x[1][(g * kh + a) * kw + b] * (double)x[0][((i * H + h) * W + w) * C + f];
+        }
+        CHECK_NEAR(y[((i * H + t) * W + u) * C + f], sum, tol);
+    }
+}
+
+TEST(conv_grid_equals_the_loops)
+{
+    static const int64_t sizes[][7] = { { 1, 1, 1, 1, 1, 7, 7 }, { 2, 4, 5, 3, 3, 3, 3 }, { 1, 9, 8, 6, 6, 7, 7 }, { 1, 5, 5, 130, 130, 5, 5 },
+                                        { 2, 3, 4, 6, 2, 5, 3 }, { 1, 6, 2, 4, 1, 2, 4 }, { 1, 3, 3, 256, 2, 3, 3 } };        // B H W C G kh kw
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+        grad_case c = case_of(record_conv);
+        add_input(&c, 4, sizes[s][0], sizes[s][1], sizes[s][2], sizes[s][3]);
+        add_input(&c, 4, sizes[s][4], 1, sizes[s][5], sizes[s][6]);
+        if (s % 3) add_input(&c, 1, sizes[s][4], 0, 0, 0);
+        grad_check(&c, reference_conv);
+    }
+}
+
+TEST(conv_rows_equals_the_loops)
+{
+    static const int64_t sizes[][6] = { { 1, 1, 4, 2, 33, 16 }, { 2, 40, 8, 2, 33, 16 }, { 2, 9, 5, 5, 4, 3 }, { 1, 9, 5, 5, 4, 0 }, { 1, 20, 300, 2, 5, 2 } };  // B N C G k before
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+        grad_case c = case_of(record_conv);
+        c.i[0] = 1;
+        c.i[1] = sizes[s][5];
+        add_input(&c, 3, sizes[s][0], sizes[s][1], sizes[s][2], 0);
+        add_input(&c, 4, sizes[s][3], 1, sizes[s][4], 1);
+        if (s % 2) add_input(&c, 1, sizes[s][3], 0, 0, 0);
+        grad_check(&c, reference_conv);
+    }
+}
+
+TEST(conv_maps_equals_the_loops)
+{
+    static const int64_t sizes[][5] = { { 1, 2, 3, 4, 15 }, { 3, 2, 17, 17, 15 }, { 2, 4, 5, 140, 3 } };                        // B G N M k
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+        grad_case c = case_of(record_conv);
+        c.i[0] = 2;
+        c.i[1] = sizes[s][4] / 2;
+        add_input(&c, 4, sizes[s][0], sizes[s][1], sizes[s][2], sizes[s][3]);
+        add_input(&c, 3, sizes[s][1], 1, sizes[s][4], 0);
+        add_input(&c, 1, sizes[s][1], 0, 0, 0);
+        grad_check(&c, reference_conv);
+    }
+}
+
+// ---- order
+static int64_t *order_of(const mil_real *x, int rank, const int64_t *shape, int axis, int64_t k, int first_largest, int sort, mil_context *ctx)
+{
+    mil_tape *tape;
+    mil_tensor t = mil_tensor_make(x, MIL_REAL_DTYPE, rank, shape);
+    int64_t *at = NULL;
+    if (!CHECK(mil_tape_create(ctx, &tape) == MIL_OK)) return NULL;
+    mil_node *in = mil_input(tape, "x", &t), *y = sort ? mil_argsort(in, axis, first_largest) : mil_topk(in, k, axis, first_largest);
+    mil_node_keep(y);
+    if (CHECK(mil_tape_run(tape) == MIL_OK)) {
+        at = (int64_t *)malloc((size_t)(y->count + 1) * sizeof *at);
+        CHECK(mil_node_read(y, at, y->count) == MIL_OK);
+    }
+    mil_tape_free(tape);
+    return at;
+}
+
+TEST(topk_and_argsort_order_by_value_then_index)
+{
+    static const int64_t lengths[] = { 1, 2, 31, 32, 33, 64, 200 };
+    mil_context *ctx;
+    CHECK(mil_context_create(&ctx, NULL) == MIL_OK);
+    for (int l = 0; l < 7; l++)
+        for (int way = 0; way < 4; way++) {
+            const int64_t n = lengths[l], shape[3] = { 2, n, 3 }, k = way & 1 ? n : (n + 1) / 2;
+            const int largest = way >> 1, sort = way & 1;
+            mil_real x[1200];
+            int64_t *at;
+            for (int64_t i = 0; i < 6 * n; i++) x[i] = (mil_real)floor(grad_random() * 20);        // many equal
+            at = order_of(x, 3, shape, 1, k, largest, sort, ctx);
+            for (int64_t o = 0; at && o < 2; o++) for (int64_t j = 0; j < 3; j++) {
+                int taken[200] = { 0 };
+                for (int64_t i = 0; i < k; i++) {
+                    int64_t best = -1;
+                    for (int64_t p = 0; p < n; p++) {
+                        const mil_real v = x[(o * n + p) * 3 + j];
+                        if (taken[p]) continue;
+                        if (best < 0 || (largest ? v > x[(o * n + best) * 3 + j] : v < x[(o * n + best) * 3 + j])) best = p;
+                    }
+                    taken[best] = 1;
+                    CHECK(at[(o * k + i) * 3 + j] == best);
+                }
+            }
+            free(at);
+        }
+    mil_context_free(ctx);
+}
+
+TEST(nan_counts_as_the_best)
+{
+    mil_context *ctx;
+    const int64_t shape[1] = { 4 };
+    mil_real x[4] = { 1, 0, 3, 2 };
+    int64_t *at;
+    x[1] = (mil_real)sqrt(-1.0);
+    CHECK(mil_context_create(&ctx, NULL) == MIL_OK);
+    at = order_of(x, 1, shape, 0, 2, 1, 0, ctx);
+    CHECK(at && at[0] == 1 && at[1] == 2);
+    free(at);
+    mil_context_free(ctx);
+}
+
+// ---- neighbours: the indices as numbers, through gather_rows of a table of row numbers
+TEST(nearest_finds_the_largest_products)
+{
+    static const int64_t sizes[][5] = { { 1, 1, 1, 1, 1 }, { 2, 5, 7, 3, 4 }, { 1, 257, 300, 4, 6 }, { 1, 20, 20, 2, 20 }, { 2, 3, 513, 5, 2 } };   // B N M E k
+    mil_context *ctx;
+    CHECK(mil_context_create(&ctx, NULL) == MIL_OK);
+    for (int s = 0; s < 5; s++) {
+        const int64_t B = sizes[s][0], N = sizes[s][1], M = sizes[s][2], E = sizes[s][3], k = sizes[s][4], sq[3] = { B, N, E }, st[3] = { B, M, E };
+        mil_real *q = (mil_real *)malloc((size_t)(B * N * E) * sizeof *q), *t = (mil_real *)malloc((size_t)(B * M * E) * sizeof *t);
+        int64_t *at = (int64_t *)malloc((size_t)(B * N * k) * sizeof *at);
+        mil_tape *tape;
+        mil_tensor tq = mil_tensor_make(q, MIL_REAL_DTYPE, 3, sq), tt = mil_tensor_make(t, MIL_REAL_DTYPE, 3, st);
+        for (int64_t i = 0; i < B * N * E; i++) q[i] = (mil_real)floor(grad_random() * 4);         // small integers: exact, with ties
+        for (int64_t i = 0; i < B * M * E; i++) t[i] = (mil_real)floor(grad_random() * 4);
+        CHECK(mil_tape_create(ctx, &tape) == MIL_OK);
+        mil_node *y = mil_nearest(mil_input(tape, "q", &tq), mil_input(tape, "t", &tt), k);
+        mil_node_keep(y);
+        CHECK(mil_tape_run(tape) == MIL_OK && mil_node_read(y, at, B * N * k) == MIL_OK);
+        for (int64_t r = 0; r < B * N; r++) {
+            char taken[600] = { 0 };
+            for (int64_t i = 0; i < k; i++) {
+                int64_t best = -1;
+                double top = 0;
+                for (int64_t j = 0; j < M; j++) {
+                    double v = 0;
+                    for (int64_t f = 0; f < E; f++) v += (double)q[r * E + f] * (double)t[(r / N * M + j) * E + f];
+                    if (!taken[j] && (best < 0 || v > top)) { best = j; top = v; }
+                }
+                taken[best] = 1;
+                CHECK(at[r * k + i] == best);
+            }
+        }
+        mil_tape_free(tape);
+        free(q);
+        free(t);
+        free(at);
+    }
+    mil_context_free(ctx);
+}
+
+// ---- gather_rows: input 1 holds the indices as reals, so the case can hold them
+static mil_node *record_gather_rows(mil_tape *tape, const grad_case *c, mil_node *const *in)
+{
+    (void)tape;
+    return mil_gather_rows(in[0], mil_argsort(mil_slice(in[1], 2, 0, c->i[0]), 1, 1));
+}
+
+static void reference_gather_rows(const grad_case *c, mil_real *const *x, const mil_real *y, int64_t count)
+{
+    const int64_t B = c->shape[0][0], N = c->shape[0][1], E = c->shape[0][2], K = c->shape[1][2], k = c->i[0];
+    CHECK(count == B * N * k * E);
+    for (int64_t b = 0; b < B; b++) for (int64_t i = 0; i < N; i++) for (int64_t j = 0; j < k; j++) {
+        int64_t rank = 0;                                  // of row i in column j: there stands x[i]
+        for (int64_t p = 0; p < N; p++) rank += x[1][(b * N + p) * K + j] > x[1][(b * N + i) * K + j];
+        for (int64_t f = 0; f < E; f++) CHECK(y[((b * N + rank) * k + j) * E + f] == x[0][(b * N + i) * E + f]);
+    }
+}
+
+TEST(gather_rows_and_its_gradient)
+{
+    static const int64_t sizes[][4] = { { 1, 1, 1, 1 }, { 2, 7, 3, 2 }, { 1, 130, 5, 3 }, { 3, 4, 2, 6 } };        // B N E k
+    for (int s = 0; s < 4; s++) {
+        grad_case c = case_of(record_gather_rows);
+        add_input(&c, 3, sizes[s][0], sizes[s][1], sizes[s][2], 0);
+        add_input(&c, 3, sizes[s][0], sizes[s][1], sizes[s][3], 0);
+        c.i[0] = sizes[s][3];
+        c.fixed = 2;
+        grad_check(&c, reference_gather_rows);
+    }
+}
+
+// ---- smooth SVM. Input 0: scores [R, C]; labels: the order of input 1's first two columns, modulo C
+static mil_node *record_svm(mil_tape *tape, const grad_case *c, mil_node *const *in)
+{
+    const int64_t shape[1] = { c->shape[0][0] };
+    (void)tape;
+    return mil_smooth_svm(in[0], mil_reshape(mil_argmax(in[1], 1), 1, shape), c->r[0], c->r[1]);
+}
+
+static int64_t svm_label(const grad_case *c, mil_real *const *x, int64_t r)
+{
+    int64_t at = 0;
+    for (int64_t j = 1; j < c->shape[1][1]; j++) if (x[1][r * c->shape[1][1] + j] > x[1][r * c->shape[1][1] + at]) at = j;
+    return at;
+}
+
+static void reference_svm(const grad_case *c, mil_real *const *x, const mil_real *y, int64_t count)
+{
+    const int64_t R = c->shape[0][0], C = c->shape[0][1];
+    double loss = 0;
+    int hard_rows = 0;
+    CHECK(count == 1);
+    for (int64_t r = 0; r < R; r++) {
+        const mil_real *s = x[0] + r * C;
+        const int64_t label = svm_label(c, x, r);
+        double first = -1e300, second = -1e300, top = -1e300, sum = 0;
+        for (int64_t j = 0; j < C; j++) {
+            const double v = (double)s[j], a = v + (j != label ? c->r[0] : 0) - (double)s[label];
+            if (v > first) { second = first; first = v; } else if (v > second) second = v;
+            if (a > top) top = a;
+            sum += exp(a / c->r[1]);
+        }
+        hard_rows += first - second >= c->r[1] * log(1000);
+        loss += first - second >= c->r[1] * log(1000) ? top : c->r[1] * log(sum);
+    }
+    CHECK(R < 9 || C == 1 || (hard_rows > 0 && hard_rows < R));
+    CHECK_NEAR(y[0], loss / (double)R, tol);
+}
+
+TEST(smooth_svm_has_hard_and_smooth_rows)
+{
+    for (int s = 0; s < 4; s++) {
+        grad_case c = case_of(record_svm);
+        add_input(&c, 2, s == 0 ? 1 : 17, 2 + s / 2, 0, 0);
+        add_input(&c, 2, s == 0 ? 1 : 17, 2 + s / 2, 0, 0);
+        c.fixed = 2;
+        c.spread = 8;
+        c.r[0] = s == 3 ? 0.5 : 1;
+        c.r[1] = s == 3 ? 0.7 : 1;
+        grad_check(&c, reference_svm);
+    }
+}
+
+static mil_node *record_drop_path(mil_tape *tape, const grad_case *c, mil_node *const *in)
+{
+    (void)tape;
+    return mil_drop_path(in[0], c->r[0], "path");
+}
+
+static void reference_drop_path(const grad_case *c, mil_real *const *x, const mil_real *y, int64_t count)
+{
+    const int64_t slice = count / c->shape[0][0];
+    int64_t kept = 0;
+    for (int64_t b = 0; b < c->shape[0][0]; b++) {
+        const double factor = (double)y[b * slice] / (double)x[0][b * slice];
+        kept += factor != 0;
+        CHECK(factor == 0 || fabs(factor - 1 / (1 - c->r[0])) < 1e-5);
+        for (int64_t j = 0; j < slice; j++) CHECK_NEAR(y[b * slice + j], factor * (double)x[0][b * slice + j], 1e-5);
+    }
+    CHECK(kept > 20 && kept < 44);                         // of 64, expected 32, deviation 4
+}
+
+TEST(drop_path_drops_whole_samples)
+{
+    grad_case c = case_of(record_drop_path);
+    add_input(&c, 3, 64, 3, 2, 0);
+    c.training = 1;
+    c.r[0] = 0.5;
+    grad_check(&c, reference_drop_path);
+}
+
+TESTS(T(conv_grid_equals_the_loops) T(conv_rows_equals_the_loops) T(conv_maps_equals_the_loops) T(topk_and_argsort_order_by_value_then_index)
+      T(nan_counts_as_the_best) T(nearest_finds_the_largest_products) T(gather_rows_and_its_gradient) T(smooth_svm_has_hard_and_smooth_rows)
+      T(drop_path_drops_whole_samples))
