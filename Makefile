@@ -24,7 +24,7 @@ MAKEFLAGS += -j$(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 endif
 MAKEFLAGS += --no-print-directory
 
-VERSION := $(shell sed -n 's/^\#define MIL_VERSION_STRING *"\(.*\)".*/\1/p' mil.h 2>/dev/null)
+VERSION := $(shell sed -n 's/^\#define MIL_VERSION *"\(.*\)".*/\1/p' mil.h 2>/dev/null)
 VERSION := $(if $(VERSION),$(VERSION),0.1.0)
 
 # ---- configurations: build/<config>/ each; MIL_OPT for the library and the tool, MIL_TEST_OPT for the tests' own code

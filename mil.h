@@ -61,6 +61,7 @@
 //     >>train-code     optimizers, schedules, trainer
 //     >>score-code     scorer
 //     >>metric-code    metrics
+//     >>end            private macros are #undef'd
 //
 // Licence: MIT, text at the end of the file.
 
@@ -74,13 +75,14 @@
 //   MIL_STATIC            off          every function static: a private copy per file
 //   MIL_REAL              float        arithmetic type, float or double (double: plain C kernels, for tests)
 //   MIL_MALLOC, MIL_REALLOC, MIL_FREE  malloc, realloc, free; define all three or none
-//   MIL_ASSERT(x)         assert(x)    checks of the library's own invariants; never of what comes from outside
+//   MIL_ASSERT(x)         nothing      checks of the library's own invariants, e.g. assert(x); never of what comes from outside
 //   MIL_NO_STDIO          off          no files: weights from memory only, no <stdio.h> but vsnprintf
 //   MIL_NO_THREADS        off          no thread pool (a host's parallel_for still works)
 //   MIL_NO_SIMD           off          plain C kernels only
 //   MIL_NO_TRAINING       off          no gradients, losses, optimizers, trainer: about a third of the code
 //   MIL_NO_METRICS        off          no metrics
 //   MIL_USE_CBLAS         off          matrix products by cblas_sgemm / cblas_dgemm; results may then depend on threads
+//   MIL_KEEP_PRIVATE_MACROS  off       leaves the MILI_ macros defined after the implementation, for tests of private parts
 
 #include <stddef.h>
 #include <stdint.h>
@@ -786,6 +788,7 @@ MIL_API mil_status mil_trainer_save(const mil_trainer *trainer, void *dst, size_
 MIL_API mil_status mil_trainer_restore(mil_trainer *trainer, const void *bytes, size_t size);
 #endif
 
+#ifndef MIL_NO_METRICS
 // ==== >>metrics: how good predictions are, how well calibrated, and how sure that is ===============================
 // Functions on plain arrays: n bags (or instances), C classes, labels in 0..C-1, scores and probabilities in double.
 //   - An argument that makes no sense (a label outside 0..C-1, NaN, nothing to measure, a row of probabilities that does
@@ -983,6 +986,8 @@ MIL_API mil_status mil_metrics_bootstrap(mil_context *ctx, const double *probabi
 // The interval of the C-index; strata are the bags with and without an event.
 MIL_API mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, const double *times, const int64_t *events,
                                         int64_t n, double tolerance, const mil_bootstrap_options *options, mil_interval *out);
+#endif // MIL_NO_METRICS
+
 // ==== >>files: safetensors, NPY, crash-safe writing ===============================================================
 //
 // Readers check every rule of a format before they hand out a byte, and refuse with one sentence in mil_error that names
@@ -1190,7 +1195,9 @@ MIL_API mil_spec  mil_spec_make(const mil_op *op, mil_kind kind, int rank, const
 MIL_API mil_node *mil_record(mil_tape *tape, const mil_spec *spec);                          // NULL after an error
 // A second result written by the same kernel through x->second.
 MIL_API mil_node *mil_node_second(mil_node *n, mil_dtype dtype, int rank, const int64_t *shape);
+#ifndef MIL_NO_TRAINING
 MIL_API void mil_add_grad(mil_node *x, mil_node *dx);                                        // in op->grad: adds to x's gradient; same shape
+#endif
 MIL_API int  mil_wants_grad(const mil_node *x);                                              // whether mil_add_grad would be used
 // Records an error with the op's name in front, returns NULL: `return mil_node_fail(x, "softmax: ...")`.
 MIL_API mil_node *mil_tape_fail(mil_tape *tape, mil_status status, const char *format, ...) MIL_PRINTF(3, 4);
@@ -1293,8 +1300,7 @@ MIL_API void mil_cpu_run(mil_context *ctx, mil_node *node);
 #endif
 
 #ifndef MIL_ASSERT
-#include <assert.h>
-#define MIL_ASSERT(x) assert(x)
+#define MIL_ASSERT(x) ((void)sizeof((x) ? 1 : 0))          // not evaluated, but its variables count as used
 #endif
 
 // The pool needs atomics as well as threads; a compiler without either runs single-threaded.
@@ -12449,6 +12455,7 @@ MIL_DEF mil_status mil_scorer_read(mil_scorer *s, mil_result result, mil_real *d
     return MIL_OK;
 }
 
+#ifndef MIL_NO_METRICS
 // ==== >>metric-code: metrics ======================================================================================
 // Every metric is written once, for bags that count w[i] times (w NULL: once each). A bootstrap resample is then nothing but
 // other counts, and the scores are sorted once for all resamples.
@@ -12463,19 +12470,19 @@ static const struct { const char *name; int sign; const char *meaning; } mili_me
 
 MILI_FN int mili_metric_exists(mil_metric which) { return (int)which >= 0 && (int)which < (int)MIL_METRIC_COUNT; }
 
-MIL_API const char *mil_metric_name(mil_metric which)
+MIL_DEF const char *mil_metric_name(mil_metric which)
 {
     return mili_metric_exists(which) ? mili_metric_table[which].name : NULL;
 }
 
-MIL_API const char *mil_metric_meaning(mil_metric which)
+MIL_DEF const char *mil_metric_meaning(mil_metric which)
 {
     return mili_metric_exists(which) ? mili_metric_table[which].meaning : NULL;
 }
 
-MIL_API int mil_metric_sign(mil_metric which) { return mili_metric_exists(which) ? mili_metric_table[which].sign : 0; }
+MIL_DEF int mil_metric_sign(mil_metric which) { return mili_metric_exists(which) ? mili_metric_table[which].sign : 0; }
 
-MIL_API double mil_metric_value(const mil_metrics *m, mil_metric which)
+MIL_DEF double mil_metric_value(const mil_metrics *m, mil_metric which)
 {
     if (m) switch (which) {
 #define MILI_X(NAME, member, sign, meaning) case MIL_METRIC_##NAME: return m->member;
@@ -12486,7 +12493,7 @@ MIL_API double mil_metric_value(const mil_metrics *m, mil_metric which)
     return MILI_METRIC_NAN;
 }
 
-MIL_API mil_metric mil_metric_find(const char *name)
+MIL_DEF mil_metric mil_metric_find(const char *name)
 {
     int i = 0;
     while (i < (int)MIL_METRIC_COUNT && (!name || strcmp(name, mili_metric_table[i].name) != 0)) i++;
@@ -12586,7 +12593,7 @@ MILI_FN void mili_metric_sort(const double *key, int64_t stride, int64_t n, int6
 
 // ---- the confusion matrix and what follows from it -------------------------------------------------
 
-MIL_API mil_status mil_metric_predict(mil_context *ctx, const double *scores, int64_t n, int64_t C, int64_t *predicted)
+MIL_DEF mil_status mil_metric_predict(mil_context *ctx, const double *scores, int64_t n, int64_t C, int64_t *predicted)
 {
     mil_status status = mili_metric_sizes(ctx, "predict", scores, scores, predicted, n, C, 1);
     if (status == MIL_OK) status = mili_metric_scores(ctx, "predict", scores, n, C, 0);
@@ -12601,7 +12608,7 @@ MILI_FN void mili_confusion(const int64_t *predicted, const int64_t *labels, con
     for (int64_t i = 0; i < n; i++) confusion[labels[i] * C + predicted[i]] += w ? w[i] : 1;
 }
 
-MIL_API mil_status mil_metric_confusion(mil_context *ctx, const int64_t *predicted, const int64_t *labels, int64_t n,
+MIL_DEF mil_status mil_metric_confusion(mil_context *ctx, const int64_t *predicted, const int64_t *labels, int64_t n,
                                         int64_t C, int64_t *confusion)
 {
     mil_status status = mili_metric_sizes(ctx, "confusion", predicted, labels, confusion, n, C, 2);
@@ -12712,21 +12719,21 @@ MILI_FN mil_status mili_confusion_check(mil_context *ctx, const char *what, cons
     return status;
 }
 
-MIL_API mil_status mil_metric_accuracy(mil_context *ctx, const int64_t *confusion, int64_t C, double *value)
+MIL_DEF mil_status mil_metric_accuracy(mil_context *ctx, const int64_t *confusion, int64_t C, double *value)
 {
     mil_status status = mili_confusion_check(ctx, "accuracy", confusion, C, value);
     if (status == MIL_OK) *value = mili_accuracy(confusion, C);
     return status;
 }
 
-MIL_API mil_status mil_metric_balanced_accuracy(mil_context *ctx, const int64_t *confusion, int64_t C, double *value)
+MIL_DEF mil_status mil_metric_balanced_accuracy(mil_context *ctx, const int64_t *confusion, int64_t C, double *value)
 {
     mil_status status = mili_confusion_check(ctx, "balanced accuracy", confusion, C, value);
     if (status == MIL_OK) *value = mili_balanced_accuracy(confusion, C);
     return status;
 }
 
-MIL_API mil_status mil_metric_precision(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
+MIL_DEF mil_status mil_metric_precision(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
                                         double *per_class, double *value)
 {
     mil_status status = mili_confusion_check(ctx, "precision", confusion, C, value);
@@ -12734,7 +12741,7 @@ MIL_API mil_status mil_metric_precision(mil_context *ctx, const int64_t *confusi
     return status;
 }
 
-MIL_API mil_status mil_metric_recall(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
+MIL_DEF mil_status mil_metric_recall(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
                                      double *per_class, double *value)
 {
     mil_status status = mili_confusion_check(ctx, "recall", confusion, C, value);
@@ -12742,7 +12749,7 @@ MIL_API mil_status mil_metric_recall(mil_context *ctx, const int64_t *confusion,
     return status;
 }
 
-MIL_API mil_status mil_metric_specificity(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
+MIL_DEF mil_status mil_metric_specificity(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
                                           double *per_class, double *value)
 {
     mil_status status = mili_confusion_check(ctx, "specificity", confusion, C, value);
@@ -12750,7 +12757,7 @@ MIL_API mil_status mil_metric_specificity(mil_context *ctx, const int64_t *confu
     return status;
 }
 
-MIL_API mil_status mil_metric_f1(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
+MIL_DEF mil_status mil_metric_f1(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
                                  double *per_class, double *value)
 {
     mil_status status = mili_confusion_check(ctx, "f1", confusion, C, value);
@@ -12758,7 +12765,7 @@ MIL_API mil_status mil_metric_f1(mil_context *ctx, const int64_t *confusion, int
     return status;
 }
 
-MIL_API mil_status mil_metric_kappa(mil_context *ctx, const int64_t *confusion, int64_t C, mil_kappa_weights weights,
+MIL_DEF mil_status mil_metric_kappa(mil_context *ctx, const int64_t *confusion, int64_t C, mil_kappa_weights weights,
                                     double *value)
 {
     mil_status status = mili_confusion_check(ctx, "kappa", confusion, C, value);
@@ -12873,14 +12880,14 @@ MILI_FN mil_status mili_rank_columns(mil_context *ctx, const char *what, int kin
     return MIL_OK;
 }
 
-MIL_API mil_status mil_metric_auroc(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n, double *value)
+MIL_DEF mil_status mil_metric_auroc(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n, double *value)
 {
     mil_status status = mili_metric_sizes(ctx, "auroc", scores, labels, value, n, 1, 1);
     if (status != MIL_OK) return status;
     return mili_rank_columns(ctx, "auroc", MILI_RANK_AUROC, scores, labels, n, 1, MIL_AVERAGE_MACRO, NULL, value, NULL);
 }
 
-MIL_API mil_status mil_metric_average_precision(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
+MIL_DEF mil_status mil_metric_average_precision(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
                                                 double *value)
 {
     mil_status status = mili_metric_sizes(ctx, "average precision", scores, labels, value, n, 1, 1);
@@ -12889,7 +12896,7 @@ MIL_API mil_status mil_metric_average_precision(mil_context *ctx, const double *
                              NULL);
 }
 
-MIL_API mil_status mil_metric_auroc_ovr(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n, int64_t C,
+MIL_DEF mil_status mil_metric_auroc_ovr(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n, int64_t C,
                                         mil_average average, double *per_class, double *value)
 {
     mil_status status = mili_metric_sizes(ctx, "auroc", scores, labels, value, n, C, 2);
@@ -12897,7 +12904,7 @@ MIL_API mil_status mil_metric_auroc_ovr(mil_context *ctx, const double *scores, 
     return mili_rank_columns(ctx, "auroc", MILI_RANK_AUROC, scores, labels, n, C, average, per_class, value, NULL);
 }
 
-MIL_API mil_status mil_metric_average_precision_ovr(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
+MIL_DEF mil_status mil_metric_average_precision_ovr(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
                                                     int64_t C, mil_average average, double *per_class, double *value)
 {
     mil_status status = mili_metric_sizes(ctx, "average precision", scores, labels, value, n, C, 2);
@@ -12905,7 +12912,7 @@ MIL_API mil_status mil_metric_average_precision_ovr(mil_context *ctx, const doub
     return mili_rank_columns(ctx, "average precision", MILI_RANK_AP, scores, labels, n, C, average, per_class, value, NULL);
 }
 
-MIL_API mil_status mil_metric_youden(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
+MIL_DEF mil_status mil_metric_youden(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
                                      double *threshold, double *j)
 {
     mil_status status = mili_metric_sizes(ctx, "youden", scores, labels, threshold, n, 1, 1);
@@ -12962,7 +12969,7 @@ MILI_FN mil_status mili_calibration_check(mil_context *ctx, const char *what, co
     return status;
 }
 
-MIL_API mil_status mil_metric_brier(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+MIL_DEF mil_status mil_metric_brier(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
                                     int64_t C, double *value)
 {
     double sum = 0;
@@ -12973,7 +12980,7 @@ MIL_API mil_status mil_metric_brier(mil_context *ctx, const double *probabilitie
     return MIL_OK;
 }
 
-MIL_API mil_status mil_metric_log_loss(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+MIL_DEF mil_status mil_metric_log_loss(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
                                        int64_t C, double *value)
 {
     double sum = 0;
@@ -12984,7 +12991,7 @@ MIL_API mil_status mil_metric_log_loss(mil_context *ctx, const double *probabili
     return MIL_OK;
 }
 
-MIL_API mil_status mil_metric_ece(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+MIL_DEF mil_status mil_metric_ece(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
                                   int64_t C, int64_t bins, double *value)
 {
     double *bin;
@@ -13031,7 +13038,7 @@ MILI_FN double mili_temperature_nll(const double *logits, const int64_t *labels,
     return nll / (double)n;
 }
 
-MIL_API mil_status mil_temperature_fit(mil_context *ctx, const double *logits, const int64_t *labels, int64_t n, int64_t C,
+MIL_DEF mil_status mil_temperature_fit(mil_context *ctx, const double *logits, const int64_t *labels, int64_t n, int64_t C,
                                        double *temperature, double *nll)
 {
     double low = 0.01, high = 100, beta = 1, slope, edge, curvature, value;     // bracket of beta = 1 / T
@@ -13129,7 +13136,7 @@ MILI_FN mil_status mili_cindex_check(mil_context *ctx, const double *risk, const
     return status;
 }
 
-MIL_API mil_status mil_metric_cindex(mil_context *ctx, const double *risk, const double *times, const int64_t *events,
+MIL_DEF mil_status mil_metric_cindex(mil_context *ctx, const double *risk, const double *times, const int64_t *events,
                                      int64_t n, double tolerance, mil_cindex *out)
 {
     const size_t bytes = 4 * (size_t)n * sizeof(int64_t);
@@ -13251,7 +13258,7 @@ MILI_FN void mili_metric_set_value(const mili_metric_set *set, const int64_t *w,
     m->ece = mili_ece(bin, MILI_METRICS_ECE_BINS);
 }
 
-MIL_API mil_status mil_metrics_compute(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+MIL_DEF mil_status mil_metrics_compute(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
                                        int64_t C, mil_metrics *out)
 {
     mili_metric_set set;
@@ -13264,7 +13271,7 @@ MIL_API mil_status mil_metrics_compute(mil_context *ctx, const double *probabili
 
 // ---- bootstrap -------------------------------------------------------------------------------------
 
-MIL_API mil_bootstrap_options mil_bootstrap_default(void)
+MIL_DEF mil_bootstrap_options mil_bootstrap_default(void)
 {
     mil_bootstrap_options o;
     o.resamples = 1000;
@@ -13419,7 +13426,7 @@ MILI_FN void mili_bootstrap_interval(mili_resampler *b, int64_t k, double value,
     out->stratified = b->stratified;
 }
 
-MIL_API mil_status mil_bootstrap(mil_context *ctx, mil_metric_function metric, void *user, const int64_t *labels, int64_t n,
+MIL_DEF mil_status mil_bootstrap(mil_context *ctx, mil_metric_function metric, void *user, const int64_t *labels, int64_t n,
                                  int64_t C, const mil_bootstrap_options *options, mil_interval *out)
 {
     mili_resampler b;
@@ -13441,7 +13448,7 @@ MIL_API mil_status mil_bootstrap(mil_context *ctx, mil_metric_function metric, v
     return status;
 }
 
-MIL_API mil_status mil_metrics_bootstrap(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
+MIL_DEF mil_status mil_metrics_bootstrap(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
                                          int64_t C, const mil_bootstrap_options *options, mil_interval *out)
 {
     mili_metric_set set;
@@ -13488,7 +13495,7 @@ MILI_FN mil_status mili_cindex_drawn(mil_context *ctx, void *user, const int64_t
     return MIL_OK;
 }
 
-MIL_API mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, const double *times, const int64_t *events,
+MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, const double *times, const int64_t *events,
                                         int64_t n, double tolerance, const mil_bootstrap_options *options, mil_interval *out)
 {
     mili_cindex_user u;
@@ -13506,6 +13513,142 @@ MIL_API mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
     mili_free(ctx, u.drawn, bytes);
     return status;
 }
+#endif // MIL_NO_METRICS
+
+// ==== >>end: private macros are private ===========================================================================
+// A file that wants them (a test of the private parts, another header of the library) defines MIL_KEEP_PRIVATE_MACROS.
+
+#ifndef MIL_KEEP_PRIVATE_MACROS
+#undef MILI_ABMIL_OPTIONS
+#undef MILI_ABMIL_TORCHMIL_OPTIONS
+#undef MILI_ALIGN
+#undef MILI_ALL16
+#undef MILI_ALL8
+#undef MILI_AVX2
+#undef MILI_AVX2_ROWS
+#undef MILI_AVX512
+#undef MILI_AVX512_ROWS
+#undef MILI_BIG_ENDIAN
+#undef MILI_BINARY_LIST
+#undef MILI_CHUNK_HEAD
+#undef MILI_CONVERT
+#undef MILI_COUNT
+#undef MILI_DEFINE_DOT4
+#undef MILI_DEFINE_EXTREME
+#undef MILI_DEFINE_FOLDS
+#undef MILI_DEFINE_MAP
+#undef MILI_DEFINE_MATHS
+#undef MILI_DEFINE_TIER
+#undef MILI_DEFINE_TILE
+#undef MILI_DEFINE_TILES
+#undef MILI_DEFINE_ZIP
+#undef MILI_EACH
+#undef MILI_EACH_GRAD
+#undef MILI_ENCODERS
+#undef MILI_ERROR_SIZE
+#undef MILI_FN
+#undef MILI_FOREIGN_DTYPE_LIST
+#undef MILI_GEMM_BLOCK
+#undef MILI_GRAD
+#undef MILI_IN
+#undef MILI_INF
+#undef MILI_INLINE
+#undef MILI_IN_INDEX
+#undef MILI_JSON_MAX_DEPTH
+#undef MILI_K
+#undef MILI_KC
+#undef MILI_KC_STEP
+#undef MILI_LANES
+#undef MILI_LOCK
+#undef MILI_MAX
+#undef MILI_MAX_SLOTS
+#undef MILI_METRIC_NAN
+#undef MILI_MIN
+#undef MILI_MR_MAX
+#undef MILI_NAN
+#undef MILI_NEON_2
+#undef MILI_NEON_ROWS
+#undef MILI_NPY_MAX_HEADER
+#undef MILI_NR_MAX
+#undef MILI_OPTION_ROW
+#undef MILI_OS_CLOSE
+#undef MILI_OS_FSTAT
+#undef MILI_OS_MAP
+#undef MILI_OS_OPEN
+#undef MILI_OS_PATH
+#undef MILI_OS_READ
+#undef MILI_OS_REMOVE
+#undef MILI_OS_RENAME
+#undef MILI_OS_STAT
+#undef MILI_OS_SYNC
+#undef MILI_OS_UNMAP
+#undef MILI_OS_WRITE
+#undef MILI_OUT
+#undef MILI_O_CLOEXEC
+#undef MILI_PACKED_BLOCK
+#undef MILI_PAIRS
+#undef MILI_PASTE
+#undef MILI_PASTE_
+#undef MILI_PIECE
+#undef MILI_PLAIN_1
+#undef MILI_PLAIN_2
+#undef MILI_PLAIN_ROWS
+#undef MILI_POSIX
+#undef MILI_PREFETCH
+#undef MILI_REAL_IS1
+#undef MILI_REAL_IS2
+#undef MILI_REAL_IS_DOUBLE
+#undef MILI_REAL_IS_double
+#undef MILI_REAL_IS_float
+#undef MILI_REAL_MAX
+#undef MILI_REAL_NAME_double
+#undef MILI_REAL_NAME_float
+#undef MILI_REDUCE_OP
+#undef MILI_REDUCTION_LIST
+#undef MILI_RESTRICT
+#undef MILI_ROWS_1
+#undef MILI_ROWS_12
+#undef MILI_ROWS_2
+#undef MILI_ROWS_4
+#undef MILI_ROWS_6
+#undef MILI_ROWS_8
+#undef MILI_ROWS_OP
+#undef MILI_ROW_ADD
+#undef MILI_ROW_FMA
+#undef MILI_ROW_START
+#undef MILI_ROW_STORE
+#undef MILI_SHAPE
+#undef MILI_TENSORS_MAX_HEADER
+#undef MILI_TENSORS_META
+#undef MILI_THIN
+#undef MILI_THREADS
+#undef MILI_THREAD_FN
+#undef MILI_THREAD_RETURN
+#undef MILI_TIERS_ARM
+#undef MILI_TIERS_X86
+#undef MILI_TILES
+#undef MILI_UNARY_EXTRA
+#undef MILI_UNLOCK
+#undef MILI_UNUSED
+#undef MILI_WAIT
+#undef MILI_WAKE_ALL
+#undef MILI_WHOLE_OP
+#undef MILI_WINDOWS
+#undef MILI_WRITER_ROOM
+#undef MILI_WRITER_TRIES
+#undef mili_cos
+#undef mili_erf
+#undef mili_erfc
+#undef mili_exp
+#undef mili_fabs
+#undef mili_floor
+#undef mili_log
+#undef mili_log1p
+#undef mili_pow
+#undef mili_sin
+#undef mili_sqrt
+#undef mili_tanh
+#endif // MIL_KEEP_PRIVATE_MACROS
 
 #endif // MIL_IMPLEMENTATION
 

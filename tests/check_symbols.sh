@@ -19,7 +19,7 @@ done
 for name in $(echo "$names" | awk '$1 ~ /^[dDbBCsSgG]$/ { print $2 }'); do say "writable data: $name"; done
 
 # What may be called. Anything new stands out here before it reaches a user.
-allowed=' malloc calloc realloc free memcpy memmove memset memcmp memchr strlen strcmp strncmp strchr strrchr strstr strtod
+allowed=' malloc calloc realloc free memcpy memmove memset memcmp memchr strlen strcmp strncmp strspn strcspn strchr strrchr strstr strtod
  strtol strtoll strtoul strtoull strerror __errno_location __strtod_internal qsort
  snprintf vsnprintf sscanf __isoc99_sscanf __isoc23_sscanf __isoc23_strtol __isoc23_strtoll __isoc23_strtoul __isoc23_strtoull
  exp expf exp2 exp2f expm1 expm1f log logf log2 log2f log10 log10f log1p log1pf pow powf sqrt sqrtf cbrt cbrtf tanh tanhf

@@ -1,3 +1,4 @@
+// build: float private
 // The files room: JSON, safetensors, NPY, atomic writing; the formats' rules one by one, and every failure in turn.
 #include <dirent.h>
 #include <errno.h>
@@ -64,12 +65,9 @@ static void *test_map(int fd, size_t size)
 #define MILI_OS_RENAME(from, to) test_rename(from, to)
 #define MILI_OS_MAP(fd, size) test_map(fd, size)
 
+#define MIL_KEEP_PRIVATE_MACROS
 #define MIL_IMPLEMENTATION
-#ifdef FILES_ALONE
-#include "files_platform_stub.h"
-#else
-#include "../mil.h"
-#endif
+#include "mil.h"
 #include "check.h"
 
 // ---- an allocator that counts, and fails at one allocation or from there on ----
