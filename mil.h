@@ -6636,7 +6636,7 @@ MILI_FN mili_attention mili_attention_open(const mil_exec *x)
     a.M = k->shape[1];
     a.d = a.H ? q->shape[2] / a.H : 0;
     a.e = a.H ? v->shape[2] / a.H : 0;
-    a.keys = n->kind == MIL_KIND_ROWS ? a.M : MILI_ATTENTION_KEYS;
+    a.keys = n->kind == MIL_KIND_ROWS ? a.M : (int64_t)MILI_ATTENTION_KEYS;
     a.first = n->kind == MIL_KIND_ROWS ? x->row : 0;
     a.null_keys = n->i[1];
     a.scale = (mil_real)n->r[0];
@@ -6655,7 +6655,7 @@ typedef struct mili_attention_scratch { mil_real *gemm, *q, *s, *t, *o, *top, *s
 MILI_FN int64_t mili_attention_scratch_reals(const mil_node *n)
 {
     const int64_t d = n->input[0]->shape[2], e = n->input[2]->shape[2];        // bounds of one head's width
-    const int64_t keys = n->kind == MIL_KIND_ROWS ? n->input[1]->shape[1] : MILI_ATTENTION_KEYS;
+    const int64_t keys = n->kind == MIL_KIND_ROWS ? n->input[1]->shape[1] : (int64_t)MILI_ATTENTION_KEYS;
     return MILI_GEMM_BLOCK + MILI_ATTENTION_QUERIES * (d / n->i[0] + 2 * keys + MILI_MAX(d, e) / n->i[0] + 2);
 }
 MILI_FN size_t mili_attention_scratch_bytes(const mil_node *n) { return (size_t)mili_attention_scratch_reals(n) * sizeof(mil_real); }
@@ -6797,7 +6797,7 @@ MILI_FN void mili_attention_task(void *arg, int64_t index, void *scratch)
     const mili_attention_job *job = (const mili_attention_job *)arg;
     const mili_attention *a = &job->a;
     const int64_t tile = index % job->tiles, head = index / job->tiles, b = head / a->H, h = head % a->H;
-    const int64_t i0 = tile * MILI_ATTENTION_QUERIES, count = MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0), row = b * a->N + i0;
+    const int64_t i0 = tile * MILI_ATTENTION_QUERIES, count = MILI_MIN((int64_t)MILI_ATTENTION_QUERIES, a->N - i0), row = b * a->N + i0;
     mil_real *lse = (mil_real *)job->x->second;
     mili_attention_tile(a, b, h, i0, count, MILI_OUT(job->x) + row * a->H * a->e + h * a->e, a->H * a->e, lse ? lse + row * a->H + h : NULL, a->H, scratch);
 }
@@ -13542,6 +13542,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_DEFINE_TILE
 #undef MILI_DEFINE_TILES
 #undef MILI_DEFINE_ZIP
+#undef MILI_DSMIL_OPTIONS
 #undef MILI_EACH
 #undef MILI_EACH_GRAD
 #undef MILI_ENCODERS
