@@ -754,36 +754,81 @@ MIL_API mil_status mil_scorer_read(mil_scorer *scorer, mil_result result, mil_re
 #ifndef MIL_NO_TRAINING
 // ==== >>training: losses, optimizers, one call per step ===========================================================
 
-// Mean cross-entropy of logits [B, C] against `target`, as torch's CrossEntropyLoss; or BCEWithLogitsLoss. One element.
+// The loss of logits against `target`, one element. CE: logits [B, C], as torch's CrossEntropyLoss. BCE: any shape, as torch's
+// BCEWithLogitsLoss. Checks the target (a class outside 0..C-1, NaN, counts that do not fit) and copies it into the tape.
 MIL_API mil_node *mil_loss_node(mil_node *logits, const mil_target *target);
 MIL_API mil_node *mil_cross_entropy(mil_node *logits, mil_node *labels, mil_node *class_weights, double label_smoothing);   // labels [B] MIL_I64, weights [C] or NULL
 MIL_API mil_node *mil_bce_with_logits(mil_node *logits, mil_node *targets, double pos_weight);                  // same shapes
 
+// What a trainer is told: X(TYPE, name, default, choices or range, meaning). `t` counts updates, see schedule_unit.
+#define MIL_TRAINER_OPTION_LIST(X)                                                                                              \
+    X(CHOICE, optimizer,       "adamw",    "sgd|adam|adamw|radam", "adam: weight decay in the gradient; adamw: beside it")      \
+    X(REAL,   lr,              "0.0001",   "0..",  "learning rate, the schedule's start")                                       \
+    X(REAL,   weight_decay,    "0.00001",  "0..",  "added to the gradient as weight_decay p; decoupled: p is cut by lr weight_decay p") \
+    X(BOOL,   decoupled,       "false",    NULL,   "radam: weight decay as adamw's")                                            \
+    X(BOOL,   decay_all,       "true",     NULL,   "false: no weight decay for tensors of one axis (biases, norms)")            \
+    X(REAL,   momentum,        "0",        "0..1", "sgd")                                                                       \
+    X(BOOL,   nesterov,        "false",    NULL,   "sgd: look ahead along the momentum")                                        \
+    X(REAL,   beta1,           "0.9",      "0..1", "adam, adamw, radam: decay of the gradient's mean")                          \
+    X(REAL,   beta2,           "0.999",    "0..1", "adam, adamw, radam: decay of its mean square")                              \
+    X(REAL,   eps,             "0.00000001", "0..", "adam, adamw, radam: added to the root of the mean square")                 \
+    X(BOOL,   lookahead,       "false",    NULL,   "slow weights that follow the optimizer's (Zhang et al. 2019)")              \
+    X(INT,    lookahead_k,     "6",        "1..",  "updates between two moves of the slow weights")                             \
+    X(REAL,   lookahead_alpha, "0.5",      "0..1", "how far they move")                                                         \
+    X(INT,    accumulate,      "1",        "1..",  "calls of mil_trainer_step per update")                                      \
+    X(CHOICE, reduction,       "mean",     "mean|sum", "of the gradients of these calls")                                       \
+    X(REAL,   clip_norm,       "0",        "0..",  "the gradient over all parameters is cut to this length; 0: not")            \
+    X(REAL,   clip_value,      "0",        "0..",  "each element of it is cut to +-this, before clip_norm; 0: not")             \
+    X(CHOICE, schedule,        "constant", "constant|step|cosine", "of the learning rate")                                      \
+    X(INT,    schedule_unit,   "1",        "1..",  "updates per unit of t; updates per epoch: the rate changes between epochs") \
+    X(INT,    steps,           "0",        "0..",  "cosine: the t at which min_lr is reached")                                  \
+    X(REAL,   min_lr,          "0",        "0..",  "cosine: min_lr + (lr - min_lr) (1 + cos(pi t / steps)) / 2")               \
+    X(REAL,   gamma,           "0.1",      "0..",  "step: lr gamma^floor(t / every)")                                           \
+    X(REAL,   every,           "1",        "0..",  "step: need not be whole")                                                   \
+    X(INT,    warmup,          "0",        "0..",  "t < warmup: warmup_lr + t (lr - warmup_lr) / warmup")                       \
+    X(REAL,   warmup_lr,       "0.000001", "0..",  "where the warm-up starts")                                                  \
+    X(BOOL,   warmup_shift,    "true",     NULL,   "the schedule starts when the warm-up ends; false: it runs beneath it, from t = 0") \
+    X(REAL,   ema,             "0",        "0..1", "decay of the averaged weights; 0: none are kept")                           \
+    X(BOOL,   ema_warmup,      "false",    NULL,   "decay min(ema, 1 - (1 + q / ema_gamma)^-ema_power), q = max(0, updates - ema_after - 1)") \
+    X(INT,    ema_after,       "0",        "0..",  "updates before the average starts to lag; only with ema_warmup")            \
+    X(REAL,   ema_gamma,       "1",        "0..",  "of ema_warmup")                                                             \
+    X(REAL,   ema_power,       "0.6666666666666666", "0..", "of ema_warmup")                                                    \
+    X(INT,    seed,            "0",        NULL,   "of dropout and other draws")
+
 typedef struct mil_trainer mil_trainer;
 
-// An optimizer with schedule, clipping, accumulation and EMA, over a model's trainable parameters.
-// options: "key=value ..." of the table that mil_trainer_options lists: optimizer (sgd, adam, adamw, radam), lr, momentum, nesterov,
-// weight_decay, beta1, beta2, eps, lookahead, lookahead_k, lookahead_alpha, schedule (constant, step, cosine), steps, warmup, ...
-// Returns NULL on error (sentence in the context).
+// An optimizer with schedule, clipping, accumulation and EMA, over a model's trainable parameters. One per model at a time;
+// the model must outlive it. options: "key=value ..." of the list above; NULL or "" for none.
+// Returns NULL on error (sentence in the context): an unknown option, values that do not fit each other, no memory.
 MIL_API mil_trainer *mil_trainer_create(mil_model *model, const char *options);
-MIL_API void mil_trainer_free(mil_trainer *trainer);
+MIL_API void mil_trainer_free(mil_trainer *trainer);                                        // NULL is fine
 MIL_API const mil_option *mil_trainer_options(int *count);
 
 // One bag or batch: forward, backward, and after `accumulate` of them an update. *loss (NULL: not wanted) gets the loss.
 // logits (NULL: not wanted): room for B * C, the logits before the update.
-// Errors: as mil_model_record; MIL_ERROR_NUMERIC when the loss is not finite (nothing is updated).
+// A parameter that no loss since the last update depends on is left alone, without decay or momentum; so is a frozen one.
+// Errors: as mil_model_record; MIL_ERROR_NUMERIC when the loss is not finite. Weights, buffers, moments and accumulated
+// gradients are then as before the call. MIL_ERROR_NUMERIC also when the gradient is not finite at an update: the gradients
+// accumulated for it are dropped, weights and moments are as before. MIL_ERROR_STATE while the averaged weights are swapped in.
+// Once it has seen the largest bag, a step allocates nothing.
 MIL_API mil_status mil_trainer_step(mil_trainer *trainer, const mil_bag *bag, const mil_target *target, double *loss, mil_real *logits);
+// Updates with the gradients accumulated so far, as at the end of an epoch whose last group is not full; a mean is by
+// their own number. Nothing when there are none.
+MIL_API mil_status mil_trainer_flush(mil_trainer *trainer);
 MIL_API int64_t mil_trainer_steps(const mil_trainer *trainer);                              // updates so far
 MIL_API double  mil_trainer_lr(const mil_trainer *trainer);                                 // rate of the next update
+MIL_API double  mil_trainer_grad_norm(const mil_trainer *trainer);                          // gradient's length at the last update, before clip_norm
 MIL_API void    mil_trainer_scale_lr(mil_trainer *trainer, double factor);                  // multiplies the schedule from now on
 MIL_API void    mil_trainer_seed(mil_trainer *trainer, uint64_t seed);                      // of dropout and other draws
-MIL_API mil_tape *mil_trainer_tape(mil_trainer *trainer);                                   // of the last step, for mil_tape_draw and memory queries
+// The tape of the last step, for memory queries and options. To supply draws: mil_tape_reset, mil_tape_draw, then the step.
+MIL_API mil_tape *mil_trainer_tape(mil_trainer *trainer);
 
-// Swaps the averaged weights (EMA) into the model, and back. MIL_ERROR_STATE without `ema`.
+// Swaps the averaged weights (EMA) into the model, and back. MIL_ERROR_STATE without `ema`, or before the first update.
 MIL_API mil_status mil_trainer_swap_ema(mil_trainer *trainer);
 
-// All that a later mil_trainer_restore needs to go on with the same bits: moments, counters, EMA, accumulated gradients.
-// The model's weights are saved apart. save: *size is the room on entry, the need on return (dst NULL: only asks).
+// All that a later mil_trainer_restore needs to go on with the same bits: moments, counters, EMA, accumulated gradients, as
+// safetensors. The model's weights are saved apart (mil_save). save: *size is the room on entry, the need on return (dst NULL:
+// only asks). restore: into a trainer of the same optimizer over a model of the same parameters; unchanged unless MIL_OK.
 MIL_API mil_status mil_trainer_save(const mil_trainer *trainer, void *dst, size_t *size);
 MIL_API mil_status mil_trainer_restore(mil_trainer *trainer, const void *bytes, size_t size);
 #endif
@@ -4691,7 +4736,8 @@ MILI_FN mil_status mili_apply_updates(mil_tape *tape, const mili_plan *plan)
     return tape->ctx->status;
 }
 
-MILI_FN mil_status mili_run_plan(mil_tape *tape, mili_plan *plan)
+// Everything but the updates: parameters are as before.
+MILI_FN mil_status mili_run_steps(mil_tape *tape, mili_plan *plan)
 {
     mil_context *ctx = tape->ctx;
     if (mili_bind(tape, plan) != MIL_OK) return ctx->status;
@@ -4699,7 +4745,12 @@ MILI_FN mil_status mili_run_plan(mil_tape *tape, mili_plan *plan)
         if (mili_run_step(tape, plan, &plan->step[s]) != MIL_OK) return ctx->status;
         if (tape->options & (1u << MIL_TAPE_POISON)) mili_poison_dead(tape, plan, s);
     }
-    return mili_apply_updates(tape, plan);
+    return MIL_OK;
+}
+
+MILI_FN mil_status mili_run_plan(mil_tape *tape, mili_plan *plan)
+{
+    return mili_run_steps(tape, plan) == MIL_OK ? mili_apply_updates(tape, plan) : tape->ctx->status;
 }
 
 // A block of `bytes` for this run: the caller's, or one kept from an earlier recording, or a new one.
@@ -11934,6 +11985,783 @@ MIL_DEF mil_node *mil_loss_node(mil_node *logits, const mil_target *target)
 #endif
 
 // ==== >>train-code: optimizers, schedules, trainer ================================================================
+//
+// A step records forward and backward on one tape, which adds each gradient to the trainer's own memory. An update is a
+// second tape, recorded once and run again each time: clipping, optimizer, lookahead and EMA are nodes like others, so
+// every backend runs them. What changes from update to update (rate, bias corrections) enters as a few scalars per parameter.
+#ifndef MIL_NO_TRAINING
+
+#define MILI_C_INT int64_t
+#define MILI_C_REAL double
+#define MILI_C_BOOL int
+#define MILI_C_CHOICE int
+#define MILI_TRAIN_MEMBER(type, name, value, range, doc) MILI_C_##type name;
+typedef struct mili_train_config { MIL_TRAINER_OPTION_LIST(MILI_TRAIN_MEMBER) } mili_train_config;
+#undef MILI_TRAIN_MEMBER
+#define MILI_TRAIN_ROW(type, name, value, range, doc) { #name, MIL_OPTION_##type, offsetof(mili_train_config, name), value, range, doc },
+static const mil_option mili_train_options[] = { MIL_TRAINER_OPTION_LIST(MILI_TRAIN_ROW) };
+#undef MILI_TRAIN_ROW
+
+enum { MILI_SGD, MILI_ADAM, MILI_ADAMW, MILI_RADAM };              // in the order of the option's choices
+enum { MILI_MEAN, MILI_SUM };
+enum { MILI_CONSTANT, MILI_STEP, MILI_COSINE };
+
+// ---- optimizers, as ops ------------------------------------------------------------------------------------------
+// Scalars of one parameter at one update, the input `s` of the ops below.
+enum {
+    MILI_S_DECAY,                                          // L2 weight decay, added to the gradient
+    MILI_S_KEEP,                                           // 1 - lr * decoupled weight decay
+    MILI_S_RATE,                                           // the step's factor
+    MILI_S_ROOT, MILI_S_EPS,                               // Adam: the step is divided by root * sqrt(v) + eps
+    MILI_S_SLOW,                                           // lookahead: how far the slow weights move now, 0: not now
+    MILI_SCALARS = 8
+};
+
+// SGD of parameter p with gradient g (times c), momentum buffer b; mu = r[0]:
+//   d = c g + decay p      b' = mu b + d      p' = p - rate b',  Nesterov: p' = p - rate (d + mu b')
+// Results p', and b' where there is momentum. Inputs p, g, c [1], s, b.
+MILI_FN void mili_sgd_run(const mil_exec *x)
+{
+    const int64_t n = x->rows * x->node->cols;
+    const mil_real *p = MILI_IN(x, 0), *g = MILI_IN(x, 1), c = MILI_IN(x, 2)[0], *s = MILI_IN(x, 3);
+    const mil_real decay = s[MILI_S_DECAY], rate = s[MILI_S_RATE], mu = (mil_real)x->node->r[0];
+    mil_real *y = MILI_OUT(x), *b1 = (mil_real *)x->second;
+    if (!b1) {
+        for (int64_t i = 0; i < n; i++) y[i] = p[i] - rate * (c * g[i] + decay * p[i]);
+        return;
+    }
+    const mil_real *b = MILI_IN(x, 4);
+    const int nesterov = (int)x->node->i[0];
+    for (int64_t i = 0; i < n; i++) {
+        const mil_real d = c * g[i] + decay * p[i];
+        b1[i] = mu * b[i] + d;
+        y[i] = p[i] - rate * (nesterov ? d + mu * b1[i] : b1[i]);
+    }
+}
+static const mil_op mili_op_sgd = MILI_ROWS_OP("sgd", mili_sgd_run, NULL);
+
+// Adam's running mean m and mean square v of the gradient g (times c); r[0], r[1] = beta1, beta2:
+//   d = c g + decay p      m' = m + (1 - beta1) (d - m)      v' = beta2 v + (1 - beta2) d^2
+// Results m', v'. Inputs p, g, c [1], s, m, v.
+MILI_FN void mili_moments_run(const mil_exec *x)
+{
+    const int64_t n = x->rows * x->node->cols;
+    const mil_real *p = MILI_IN(x, 0), *g = MILI_IN(x, 1), c = MILI_IN(x, 2)[0], *m = MILI_IN(x, 4), *v = MILI_IN(x, 5);
+    const mil_real decay = MILI_IN(x, 3)[MILI_S_DECAY], new1 = (mil_real)(1 - x->node->r[0]);
+    const mil_real old2 = (mil_real)x->node->r[1], new2 = (mil_real)(1 - x->node->r[1]);
+    mil_real *m1 = MILI_OUT(x), *v1 = (mil_real *)x->second;
+    for (int64_t i = 0; i < n; i++) {
+        const mil_real d = c * g[i] + decay * p[i];
+        m1[i] = m[i] + new1 * (d - m[i]);
+        v1[i] = old2 * v[i] + new2 * d * d;
+    }
+}
+static const mil_op mili_op_moments = MILI_ROWS_OP("moments", mili_moments_run, NULL);
+
+// Adam's step, also AdamW's and RAdam's, which differ in their scalars only (mili_scalars):
+//   p' = keep p - rate m / (root sqrt(v) + eps)
+// Inputs p, m, v, s.
+MILI_FN void mili_adam_run(const mil_exec *x)
+{
+    const int64_t n = x->rows * x->node->cols;
+    const mil_real *p = MILI_IN(x, 0), *m = MILI_IN(x, 1), *v = MILI_IN(x, 2), *s = MILI_IN(x, 3);
+    const mil_real keep = s[MILI_S_KEEP], rate = s[MILI_S_RATE], root = s[MILI_S_ROOT], eps = s[MILI_S_EPS];
+    for (int64_t i = 0; i < n; i++) MILI_OUT(x)[i] = keep * p[i] - rate * m[i] / (root * mili_sqrt(v[i]) + eps);
+}
+static const mil_op mili_op_adam = MILI_ROWS_OP("adam", mili_adam_run, NULL);
+
+// Lookahead: every k-th update the slow weights w move towards p, and p starts again from there.
+//   w' = w + alpha (p - w),  p' = w'.  In between alpha is 0 and both stay. Results p', w'. Inputs p, w, s.
+MILI_FN void mili_lookahead_run(const mil_exec *x)
+{
+    const int64_t n = x->rows * x->node->cols;
+    const mil_real *p = MILI_IN(x, 0), *w = MILI_IN(x, 1), alpha = MILI_IN(x, 2)[MILI_S_SLOW];
+    mil_real *p1 = MILI_OUT(x), *w1 = (mil_real *)x->second;
+    for (int64_t i = 0; i < n; i++) {
+        w1[i] = alpha > 0 ? w[i] + alpha * (p[i] - w[i]) : w[i];
+        p1[i] = alpha > 0 ? w1[i] : p[i];
+    }
+}
+static const mil_op mili_op_lookahead = MILI_ROWS_OP("lookahead", mili_lookahead_run, NULL);
+
+// A node of one of these ops: inputs of p's shape are read row by row, the others whole. second: whether there is one.
+MILI_FN mil_node *mili_update_op(const mil_op *op, mil_node *const *input, int count, double r0, double r1, int64_t i0, int second)
+{
+    if (!input[0]) return NULL;
+    const mil_node *p = input[0];
+    mil_spec s = mil_spec_make(op, MIL_KIND_ROWS, p->rank, p->shape);
+    s.input_count = count;
+    for (int i = 0; i < count; i++) {
+        if (!input[i]) return NULL;
+        s.input[i] = input[i];
+        if (mili_same_shape(input[i], p)) s.row_inputs |= 1u << i;
+    }
+    s.r[0] = r0;
+    s.r[1] = r1;
+    s.i[0] = i0;
+    mil_node *n = mil_record(p->tape, &s);
+    if (second) mil_node_second(n, MIL_REAL_DTYPE, p->rank, p->shape);
+    return n;
+}
+
+// ---- the trainer -------------------------------------------------------------------------------------------------
+// One parameter or buffer of the model, and what the trainer holds for it, in its shape; data NULL: not there.
+typedef struct mili_slot {
+    mil_param *param;
+    mil_param  grad;                                       // sum of the gradients since the last update; also param->grad
+    mil_param  first, second;                              // Adam: m, v; SGD: momentum in `first`
+    mil_param  slow, ema;
+    int64_t    updates;                                    // it took part in
+    int        has_grad;                                   // since the last update
+    int        fresh;                                      // the step being recorded gives it one
+    int        active;                                     // in the recorded update
+    mil_node  *g;                                          // while that is recorded: what the optimizer is given
+    mil_real   scalar[MILI_SCALARS];
+} mili_slot;
+
+struct mil_trainer {
+    mil_context *ctx;
+    mil_model   *model;
+    mili_train_config config;
+    mil_tape    *tape, *update;
+    mili_plan   *plan;                                     // of `update`, NULL: to be recorded
+    mil_node    *norm;                                     // on `update`: length of the gradient
+    mili_slot   *slot;
+    int64_t      slots;
+    int64_t      updates, bags, accumulated;               // accumulated: bags since the last update
+    uint64_t     seed;
+    int          started;                                  // slow weights and EMA hold something
+    int          swapped;                                  // the model holds the EMA, and the EMA memory the weights
+    double       lr_scale, grad_norm;
+    mil_real     scale, ema_rate;                          // inputs of `update`: of the gradient's sum; 1 - decay
+};
+
+// What is held for a slot, by name; also the prefix of its tensors in a saved state.
+static const char *const mili_held_names[] = { "grad", "first", "second", "slow", "ema" };
+enum { MILI_HELD_GRAD, MILI_HELD_FIRST, MILI_HELD_SECOND, MILI_HELD_SLOW, MILI_HELD_EMA, MILI_HELD };
+
+MILI_FN mil_param *mili_held(mili_slot *slot, int kind)
+{
+    switch (kind) {
+    case MILI_HELD_GRAD:   return &slot->grad;
+    case MILI_HELD_FIRST:  return &slot->first;
+    case MILI_HELD_SECOND: return &slot->second;
+    case MILI_HELD_SLOW:   return &slot->slow;
+    default:               return &slot->ema;
+    }
+}
+
+MILI_FN int mili_holds(const mili_train_config *c, const mil_param *p, int kind)
+{
+    if (p->dtype != MIL_REAL_DTYPE || p->count == 0) return 0;
+    if (kind == MILI_HELD_EMA) return c->ema > 0;
+    if (!p->trainable) return 0;
+    if (kind == MILI_HELD_FIRST) return c->optimizer != MILI_SGD || c->momentum > 0;
+    if (kind == MILI_HELD_SECOND) return c->optimizer != MILI_SGD;
+    return kind == MILI_HELD_GRAD || c->lookahead;
+}
+
+MILI_FN size_t mili_param_bytes(const mil_param *p) { return (size_t)p->count * mil_dtype_size(p->dtype); }
+
+MIL_DEF const mil_option *mil_trainer_options(int *count)
+{
+    if (count) *count = MILI_COUNT(mili_train_options);
+    return mili_train_options;
+}
+
+// ---- the schedule ----
+// The rate of update number `updates`, from 0.
+MILI_FN double mili_schedule(const mili_train_config *c, int64_t updates)
+{
+    int64_t t = updates / c->schedule_unit, steps = c->steps;
+    if (t < c->warmup) return c->warmup_lr + (double)t * (c->lr - c->warmup_lr) / (double)c->warmup;
+    if (c->warmup_shift) { t -= c->warmup; steps -= c->warmup; }
+    if (c->schedule == MILI_STEP) return c->lr * pow(c->gamma, floor((double)t / c->every));
+    if (c->schedule == MILI_COSINE)
+        return t >= steps ? c->min_lr : c->min_lr + (c->lr - c->min_lr) * (1 + cos(3.14159265358979323846 * (double)t / (double)steps)) / 2;
+    return c->lr;
+}
+
+// The EMA's decay at update number `updates`, from 1.
+MILI_FN double mili_ema_decay(const mili_train_config *c, int64_t updates)
+{
+    if (!c->ema_warmup) return c->ema;
+    const double q = (double)MILI_MAX(0, updates - c->ema_after - 1);
+    return MILI_MAX(0, MILI_MIN(c->ema, 1 - pow(1 + q / c->ema_gamma, -c->ema_power)));
+}
+
+MILI_FN mil_status mili_train_check(mil_context *ctx, const mili_train_config *c)
+{
+    for (int i = 0; i < MILI_COUNT(mili_train_options); i++) {
+        double value = 0;
+        if (mili_train_options[i].type != MIL_OPTION_REAL) continue;
+        memcpy(&value, (const char *)c + mili_train_options[i].offset, sizeof value);
+        if (!mili_is_finite_f64(value)) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: option %s is not finite", mili_train_options[i].name);
+    }
+    if (c->beta1 >= 1 || c->beta2 >= 1) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: beta1 %g and beta2 %g must be below 1", c->beta1, c->beta2);
+    if (c->ema >= 1) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: with ema=%g the average would never move; it must be below 1", c->ema);
+    if (c->nesterov && c->momentum == 0) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: nesterov needs a momentum above 0");
+    if (c->schedule == MILI_COSINE && c->steps < 1) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: schedule=cosine needs steps");
+    if (c->schedule == MILI_COSINE && c->warmup >= c->steps)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: warmup=%lld does not end before steps=%lld", (long long)c->warmup, (long long)c->steps);
+    if (c->schedule == MILI_STEP && c->every == 0) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: schedule=step needs every above 0");
+    if (c->ema_warmup && c->ema_gamma == 0) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: ema_warmup needs ema_gamma above 0");
+    return MIL_OK;
+}
+
+// ---- life ----
+// A block of zeros in p's shape.
+MILI_FN mil_status mili_hold(mil_context *ctx, mil_param *held, const mil_param *p)
+{
+    *held = *p;
+    held->trainable = 0;
+    held->grad = NULL;
+    held->packed = NULL;
+    held->packed_bytes = 0;
+    held->data = mili_backend_alloc(ctx, mili_param_bytes(p));
+    if (!held->data) return ctx->status;
+    if (mili_host_memory(ctx)) { memset(held->data, 0, mili_param_bytes(p)); return MIL_OK; }
+    void *zeros = mili_alloc_zero(ctx, mili_param_bytes(p));
+    if (zeros) mili_upload(ctx, held->data, zeros, mili_param_bytes(p));
+    mili_free(ctx, zeros, mili_param_bytes(p));
+    return ctx->status;
+}
+
+MIL_DEF void mil_trainer_free(mil_trainer *t)
+{
+    if (!t) return;
+    mil_context *ctx = t->ctx;
+    for (int64_t i = 0; i < t->slots; i++) {
+        mili_slot *slot = &t->slot[i];
+        if (slot->grad.data && slot->param->grad == slot->grad.data) slot->param->grad = NULL;
+        for (int k = 0; k < MILI_HELD; k++) mili_backend_release(ctx, mili_held(slot, k)->data, mili_param_bytes(slot->param));
+    }
+    mili_free(ctx, t->slot, (size_t)t->slots * sizeof *t->slot);
+    mil_tape_free(t->tape);
+    mil_tape_free(t->update);
+    mili_free(ctx, t, sizeof *t);
+}
+
+MILI_FN mil_status mili_trainer_fill(mil_trainer *t, const char *options)
+{
+    mil_context *ctx = t->ctx;
+    const int count = MILI_COUNT(mili_train_options);
+    if (mili_option_defaults(ctx, mili_train_options, count, &t->config, "trainer") != MIL_OK ||
+        mili_parse_options(ctx, mili_train_options, count, options, &t->config, "trainer") != MIL_OK ||
+        mili_train_check(ctx, &t->config) != MIL_OK)
+        return ctx->status;
+    t->seed = (uint64_t)t->config.seed;
+    t->lr_scale = 1;
+    if (mil_tape_create(ctx, &t->tape) != MIL_OK || mil_tape_create(ctx, &t->update) != MIL_OK) return ctx->status;
+    const int64_t params = mil_model_param_count(t->model);
+    int64_t trainable = 0;
+    for (int64_t i = 0; i < params; i++) trainable += mil_model_param(t->model, i)->trainable != 0;
+    if (!trainable) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: the model has no parameter to train");
+    t->slot = (mili_slot *)mili_alloc_zero(ctx, (size_t)params * sizeof *t->slot);
+    if (!t->slot) return ctx->status;
+    t->slots = params;
+    for (int64_t i = 0; i < params; i++) t->slot[i].param = mil_model_param(t->model, i);
+    for (int64_t i = 0; i < params; i++) {
+        mili_slot *slot = &t->slot[i];
+        if (slot->param->grad) return mili_fail(ctx, MIL_ERROR_STATE, "trainer: the model has one already; free that first");
+        for (int k = 0; k < MILI_HELD; k++)
+            if (mili_holds(&t->config, slot->param, k) && mili_hold(ctx, mili_held(slot, k), slot->param) != MIL_OK) return ctx->status;
+        slot->param->grad = (mil_real *)slot->grad.data;
+    }
+    return MIL_OK;
+}
+
+MIL_DEF mil_trainer *mil_trainer_create(mil_model *model, const char *options)
+{
+    if (!model) return NULL;
+    mil_context *ctx = mil_model_context(model);
+    mili_enter(ctx);
+    mil_trainer *t = (mil_trainer *)mili_alloc_zero(ctx, sizeof *t);
+    if (!t) return NULL;
+    t->ctx = ctx;
+    t->model = model;
+    if (mili_trainer_fill(t, options) == MIL_OK) return t;
+    mil_trainer_free(t);
+    return NULL;
+}
+
+// ---- an update ----
+// The scalars of a parameter's next update at rate lr. Adam with k the update's number, bias corrections c1 = 1 - beta1^k and
+// c2 = 1 - beta2^k:
+//   adam, adamw:  p - lr/c1 m / (sqrt(v)/sqrt(c2) + eps)
+//   radam:        p - lr/c1 m sqrt(c2) r / (sqrt(v) + eps) with r^2 = (rho-4)(rho-2) R / ((R-4)(R-2) rho),
+//                 R = 2/(1-beta2) - 1, rho = R - 2 k beta2^k / c2; without the divisor while rho <= 5 (Liu et al. 2020)
+MILI_FN void mili_scalars(const mil_trainer *t, mili_slot *slot, double lr)
+{
+    const mili_train_config *c = &t->config;
+    const double k = (double)(slot->updates + 1);
+    const double decay = c->decay_all || slot->param->rank > 1 ? c->weight_decay : 0;
+    const int decoupled = c->optimizer == MILI_ADAMW || (c->optimizer == MILI_RADAM && c->decoupled);
+    double rate = lr, root = 0, eps = 1;
+    if (c->optimizer != MILI_SGD) {
+        const double c1 = 1 - pow(c->beta1, k), b2k = pow(c->beta2, k), c2 = 1 - b2k;
+        rate = lr / c1;
+        if (c->optimizer != MILI_RADAM) { root = 1 / sqrt(c2); eps = c->eps; }
+        else {
+            const double R = 2 / (1 - c->beta2) - 1, rho = R - 2 * k * b2k / c2;
+            if (rho > 5) {
+                rate *= sqrt(c2) * sqrt((rho - 4) * (rho - 2) * R / ((R - 4) * (R - 2) * rho));
+                root = 1;
+                eps = c->eps;
+            }
+        }
+    }
+    slot->scalar[MILI_S_DECAY] = (mil_real)(decoupled ? 0 : decay);
+    slot->scalar[MILI_S_KEEP] = (mil_real)(decoupled ? 1 - lr * decay : 1);
+    slot->scalar[MILI_S_RATE] = (mil_real)rate;
+    slot->scalar[MILI_S_ROOT] = (mil_real)root;
+    slot->scalar[MILI_S_EPS] = (mil_real)eps;
+    slot->scalar[MILI_S_SLOW] = (mil_real)((t->updates + 1) % c->lookahead_k == 0 ? c->lookahead_alpha : 0);
+}
+
+MILI_FN mil_node *mili_scalar_input(mil_tape *tape, const char *name, const mil_real *values, int64_t count)
+{
+    const mil_tensor t = mil_tensor_make(values, MIL_REAL_DTYPE, 1, &count);
+    return mil_input(tape, name, &t);
+}
+
+// The parameter after optimizer and lookahead; `c` [1] is the gradient's factor.
+MILI_FN mil_node *mili_record_step(mil_trainer *t, mili_slot *slot, mil_node *c)
+{
+    mil_tape *tape = t->update;
+    const mili_train_config *o = &t->config;
+    mil_node *p = mil_use(tape, slot->param), *s = mili_scalar_input(tape, "scalars", slot->scalar, MILI_SCALARS);
+    mil_node *in[6], *y;
+    in[0] = p;
+    in[1] = slot->g;
+    in[2] = c;
+    in[3] = s;
+    if (o->optimizer == MILI_SGD) {
+        const int momentum = o->momentum > 0;
+        if (momentum) in[4] = mil_use(tape, &slot->first);
+        y = mili_update_op(&mili_op_sgd, in, momentum ? 5 : 4, o->momentum, 0, o->nesterov, momentum);
+        if (y && momentum) mil_update(&slot->first, y->second);
+    } else {
+        in[4] = mil_use(tape, &slot->first);
+        in[5] = mil_use(tape, &slot->second);
+        mil_node *m = mili_update_op(&mili_op_moments, in, 6, o->beta1, o->beta2, 0, 1);
+        if (!m) return NULL;
+        mil_update(&slot->first, m);
+        mil_update(&slot->second, m->second);
+        in[1] = m;
+        in[2] = m->second;
+        y = mili_update_op(&mili_op_adam, in, 4, 0, 0, 0, 0);
+    }
+    if (!o->lookahead || !y) return y;
+    in[0] = y;
+    in[1] = mil_use(tape, &slot->slow);
+    in[2] = s;
+    y = mili_update_op(&mili_op_lookahead, in, 3, 0, 0, 0, 1);
+    if (y) mil_update(&slot->slow, y->second);
+    return y;
+}
+
+// Records the update of the active slots.
+//   g = scale * sum of the gradients, cut to +-clip_value      norm = |g| over all parameters
+//   g *= min(1, clip_norm / (norm + 1e-6))      p' = optimizer(p, g)      ema' = ema + (1 - decay) (p' - ema)
+MILI_FN void mili_record_update(mil_trainer *t)
+{
+    mil_tape *tape = t->update;
+    const mili_train_config *o = &t->config;
+    const int64_t one = 1;
+    mil_node *scale = mili_scalar_input(tape, "scale", &t->scale, 1), *squares = NULL;
+    mil_node *ema_rate = o->ema > 0 ? mili_scalar_input(tape, "ema rate", &t->ema_rate, 1) : NULL;
+    for (int64_t i = 0; i < t->slots; i++) {
+        mili_slot *slot = &t->slot[i];
+        if (!slot->active) continue;
+        slot->g = mil_use(tape, &slot->grad);
+        if (o->clip_value > 0) slot->g = mil_clamp(mil_mul(slot->g, scale), -o->clip_value, o->clip_value);
+        mil_node *sum = mil_sum_all(mil_square(slot->g));
+        squares = squares ? mil_add(squares, sum) : sum;
+    }
+    if (o->clip_value > 0) scale = mil_constant(tape, 1, &one, 1);
+    t->norm = mil_mul(mil_sqrt(squares), scale);                                    // [1]
+    mil_node_keep(t->norm);
+    if (o->clip_norm > 0)
+        scale = mil_mul(scale, mil_clamp(mil_div(mil_constant(tape, 1, &one, o->clip_norm), mil_affine(t->norm, 1, 1e-6)), 0, 1));
+    for (int64_t i = 0; i < t->slots; i++) {
+        mili_slot *slot = &t->slot[i];
+        mil_node *p = slot->active ? mili_record_step(t, slot, scale) : NULL;
+        if (p) mil_update(slot->param, p);
+        if (!slot->ema.data) continue;
+        mil_node *ema = mil_use(tape, &slot->ema);
+        if (!p) p = mil_use(tape, slot->param);
+        mil_update(&slot->ema, mil_add(ema, mil_mul(mil_sub(p, ema), ema_rate)));
+    }
+}
+
+MILI_FN mil_status mili_copy_value(mil_context *ctx, void *dst, const void *src, size_t bytes)
+{
+    if (mili_host_memory(ctx)) { memcpy(dst, src, bytes); return MIL_OK; }
+    void *copy = mili_alloc(ctx, bytes);
+    if (copy && mili_download(ctx, copy, src, bytes) == MIL_OK) mili_upload(ctx, dst, copy, bytes);
+    mili_free(ctx, copy, bytes);
+    return ctx->status;
+}
+
+// Everything that an update can lack, so that once the step has run it cannot fail for memory: the recorded tape, its
+// workspace, and before the first update the start of slow weights and EMA.
+MILI_FN mil_status mili_prepare_update(mil_trainer *t)
+{
+    mil_context *ctx = t->ctx;
+    int same = t->plan != NULL, any = 0;
+    for (int64_t i = 0; i < t->slots; i++) {
+        mili_slot *slot = &t->slot[i];
+        const int active = (slot->has_grad || slot->fresh) && !slot->param->frozen;
+        same &= active == slot->active;
+        any |= active;
+        slot->active = active;
+    }
+    if (!any) return mili_fail(ctx, MIL_ERROR_STATE, "trainer: every parameter that has a gradient is frozen");
+    if (!same) {
+        t->plan = NULL;
+        mil_tape_reset(t->update);
+        mili_record_update(t);
+        if (mili_tape_check(t->update) != MIL_OK || mili_plan_run(t->update, &t->plan) != MIL_OK) return ctx->status;
+        mili_plan_done(t->update, t->plan);                // it is kept, and run at every update
+    }
+    if (!t->started && mili_host_memory(ctx) == 0 && ctx->backend) ctx->backend->synchronize(ctx->backend_self);
+    for (int64_t i = 0; i < t->slots && !t->started; i++) {
+        const mili_slot *slot = &t->slot[i];
+        const size_t bytes = mili_param_bytes(slot->param);
+        if (slot->slow.data && mili_copy_value(ctx, slot->slow.data, slot->param->data, bytes) != MIL_OK) return ctx->status;
+        if (slot->ema.data && mili_copy_value(ctx, slot->ema.data, slot->param->data, bytes) != MIL_OK) return ctx->status;
+    }
+    return MIL_OK;
+}
+
+MILI_FN mil_status mili_run_update(mil_trainer *t)
+{
+    mil_context *ctx = t->ctx;
+    const double lr = mil_trainer_lr(t);
+    mil_real norm = 0;
+    t->scale = (mil_real)(t->config.reduction == MILI_MEAN ? 1 / (double)t->accumulated : 1);
+    t->ema_rate = (mil_real)(1 - mili_ema_decay(&t->config, t->updates + 1));
+    for (int64_t i = 0; i < t->slots; i++) if (t->slot[i].active) mili_scalars(t, &t->slot[i], lr);
+    mil_status status = mili_run_steps(t->update, t->plan);
+    if (status == MIL_OK) status = mil_node_read(t->norm, &norm, 1);
+    if (status == MIL_OK && !mili_is_finite(norm))
+        status = mili_fail(ctx, MIL_ERROR_NUMERIC, "trainer: the gradient of update %lld is not finite", (long long)t->updates);
+    if (status == MIL_OK) status = mili_apply_updates(t->update, t->plan);
+    if (status == MIL_OK) {
+        for (int64_t i = 0; i < t->slots; i++) t->slot[i].updates += t->slot[i].active;
+        t->grad_norm = (double)norm;
+        t->updates++;
+        t->started = 1;
+    }
+    for (int64_t i = 0; i < t->slots; i++) t->slot[i].has_grad = 0;
+    t->accumulated = 0;
+    return status;
+}
+
+MILI_FN mil_status mili_not_swapped(const mil_trainer *t, const char *call)
+{
+    return t->swapped ? mili_fail(t->ctx, MIL_ERROR_STATE, "%s: the averaged weights are swapped in; swap them back first", call) : MIL_OK;
+}
+
+MIL_DEF mil_status mil_trainer_flush(mil_trainer *t)
+{
+    if (!t) return MIL_ERROR_ARGUMENT;
+    mili_enter(t->ctx);
+    if (mili_not_swapped(t, "mil_trainer_flush") != MIL_OK) return t->ctx->status;
+    if (t->accumulated == 0) return MIL_OK;
+    for (int64_t i = 0; i < t->slots; i++) t->slot[i].fresh = 0;
+    return mili_prepare_update(t) == MIL_OK ? mili_run_update(t) : t->ctx->status;
+}
+
+// ---- a step ----
+// Forward, backward, and the sums of gradients as updates of the trainer's own memory.
+MILI_FN mil_status mili_record_bag(mil_trainer *t, const mil_bag *bag, const mil_target *target, int want_logits, mil_outputs *out)
+{
+    mil_tape *tape = t->tape;
+    int any = 0;
+    mil_tape_training(tape, 1);
+    mil_tape_seed(tape, t->seed, (uint64_t)t->bags);
+    mil_model_record(tape, t->model, bag, target, out);
+    if (tape->status == MIL_OK && !out->loss) mil_tape_fail(tape, MIL_ERROR_UNSUPPORTED, "trainer: the model gives no loss");
+    if (tape->status == MIL_OK && want_logits && !out->logits) mil_tape_fail(tape, MIL_ERROR_UNSUPPORTED, "trainer: the model gives no logits");
+    mil_node_keep(out->loss);
+    if (want_logits) mil_node_keep(out->logits);
+    mil_tape_backward(tape, out->loss);
+    for (int64_t i = 0; i < t->slots; i++) {
+        mili_slot *slot = &t->slot[i];
+        mil_node *g = slot->grad.data && !slot->param->frozen ? mil_node_grad(mil_use(tape, slot->param)) : NULL;
+        slot->fresh = g != NULL;
+        any |= slot->fresh;
+        if (!g) continue;
+        g = mil_reshape(g, slot->grad.rank, slot->grad.shape);
+        mil_update(&slot->grad, slot->has_grad ? mil_add(mil_use(tape, &slot->grad), g) : g);
+    }
+    if (tape->status == MIL_OK && !any) mil_tape_fail(tape, MIL_ERROR_STATE, "trainer: every parameter that the loss depends on is frozen");
+    return mili_tape_check(tape);
+}
+
+MIL_DEF mil_status mil_trainer_step(mil_trainer *t, const mil_bag *bag, const mil_target *target, double *loss, mil_real *logits)
+{
+    if (!t) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = t->ctx;
+    mil_tape *tape = t->tape;
+    mil_outputs out;
+    mili_plan *plan = NULL;
+    mil_real value = 0;
+    mili_enter(ctx);
+    if (mili_not_swapped(t, "mil_trainer_step") != MIL_OK) return ctx->status;
+    if (!bag || !target) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_trainer_step: bag or target is NULL");
+    const int full = t->accumulated + 1 >= t->config.accumulate;
+    if (tape->count > 0) mil_tape_reset(tape);             // else it may hold the caller's draws
+    if (mili_record_bag(t, bag, target, logits != NULL, &out) != MIL_OK || mili_plan_run(tape, &plan) != MIL_OK) goto failed;
+    if (full && mili_prepare_update(t) != MIL_OK) goto failed;
+
+    if (mili_run_steps(tape, plan) != MIL_OK) goto failed;
+    mili_plan_done(tape, plan);
+    if (mil_node_read(out.loss, &value, 1) != MIL_OK) goto failed;
+    if (!mili_is_finite(value)) {
+        mili_fail(ctx, MIL_ERROR_NUMERIC, "trainer: the loss of call %lld is not finite; nothing was updated", (long long)t->bags);
+        goto failed;
+    }
+    if (logits && mil_node_read(out.logits, logits, out.logits->count) != MIL_OK) goto failed;
+    if (mili_apply_updates(tape, plan) != MIL_OK) goto failed;
+    if (loss) *loss = (double)value;
+    t->bags++;
+    t->accumulated++;
+    for (int64_t i = 0; i < t->slots; i++) t->slot[i].has_grad |= t->slot[i].fresh;
+    return full ? mili_run_update(t) : MIL_OK;
+
+failed:
+    mil_tape_reset(tape);                                  // the sentence stands in the context
+    return ctx->status;
+}
+
+MIL_DEF int64_t mil_trainer_steps(const mil_trainer *t) { return t ? t->updates : 0; }
+MIL_DEF double mil_trainer_lr(const mil_trainer *t) { return t ? mili_schedule(&t->config, t->updates) * t->lr_scale : 0; }
+MIL_DEF double mil_trainer_grad_norm(const mil_trainer *t) { return t ? t->grad_norm : 0; }
+MIL_DEF void mil_trainer_scale_lr(mil_trainer *t, double factor) { if (t) t->lr_scale *= factor; }
+MIL_DEF void mil_trainer_seed(mil_trainer *t, uint64_t seed) { if (t) t->seed = seed; }
+MIL_DEF mil_tape *mil_trainer_tape(mil_trainer *t) { return t ? t->tape : NULL; }
+
+MIL_DEF mil_status mil_trainer_swap_ema(mil_trainer *t)
+{
+    if (!t) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = t->ctx;
+    mili_enter(ctx);
+    if (t->config.ema == 0) return mili_fail(ctx, MIL_ERROR_STATE, "mil_trainer_swap_ema: the trainer was made without ema");
+    if (!t->started) return mili_fail(ctx, MIL_ERROR_STATE, "mil_trainer_swap_ema: there was no update yet");
+    size_t most = 0;
+    for (int64_t i = 0; i < t->slots; i++) most = MILI_MAX(most, mili_param_bytes(t->slot[i].param));
+    char *copy = mili_host_memory(ctx) ? NULL : (char *)mili_alloc(ctx, 2 * most);
+    if (ctx->status != MIL_OK) return ctx->status;
+    if (ctx->backend) ctx->backend->synchronize(ctx->backend_self);
+    for (int64_t i = 0; i < t->slots; i++) {
+        mili_slot *slot = &t->slot[i];
+        if (!slot->ema.data) continue;
+        const size_t bytes = mili_param_bytes(slot->param);
+        if (copy) {
+            if (mili_download(ctx, copy, slot->param->data, bytes) != MIL_OK || mili_download(ctx, copy + most, slot->ema.data, bytes) != MIL_OK ||
+                mili_upload(ctx, slot->param->data, copy + most, bytes) != MIL_OK || mili_upload(ctx, slot->ema.data, copy, bytes) != MIL_OK)
+                break;
+        } else {
+            mil_real *a = (mil_real *)slot->param->data, *b = (mil_real *)slot->ema.data;
+            for (int64_t j = 0; j < slot->param->count; j++) {
+                const mil_real x = a[j];
+                a[j] = b[j];
+                b[j] = x;
+            }
+        }
+        slot->param->version++;
+    }
+    mili_free(ctx, copy, 2 * most);
+    if (ctx->status == MIL_OK) t->swapped = !t->swapped;
+    return ctx->status;
+}
+
+// ---- a trainer's state as safetensors ----
+// Tensors: `counters` MIL_I64 [MILI_COUNTERS], `updates` MIL_I64 [slots], `lr_scale` MIL_F64 [1], and per parameter and kind
+// `<kind>.<key>` in the parameter's shape. `grad` only for what has one; `slow` and `ema` only after the first update.
+#define MILI_STATE_VERSION "1"
+enum { MILI_COUNT_UPDATES, MILI_COUNT_BAGS, MILI_COUNT_ACCUMULATED, MILI_COUNT_STARTED, MILI_COUNT_SEED, MILI_COUNTERS };
+
+MILI_FN const char *mili_optimizer_name(const mil_trainer *t, char *name, size_t room)
+{
+    size_t size = 0;
+    const char *choice = mili_choice(mili_train_options[0].choices, t->config.optimizer, &size);
+    MIL_ASSERT(choice && size < room);
+    MILI_UNUSED(room);
+    memcpy(name, choice, size);
+    name[size] = 0;
+    return name;
+}
+
+// Whether the state holds this kind of this slot.
+MILI_FN int mili_is_saved(const mil_trainer *t, const mili_slot *slot, int kind, int started)
+{
+    if (!mili_holds(&t->config, slot->param, kind)) return 0;
+    if (kind == MILI_HELD_GRAD) return slot->has_grad;
+    return started || (kind != MILI_HELD_SLOW && kind != MILI_HELD_EMA);
+}
+
+MILI_FN char *mili_state_name(mil_context *ctx, mili_arena *arena, int kind, const char *key)
+{
+    const size_t room = strlen(mili_held_names[kind]) + strlen(key) + 2;
+    char *name = (char *)mili_arena_alloc(ctx, arena, room);
+    if (name) snprintf(name, room, "%s.%s", mili_held_names[kind], key);
+    return name;
+}
+
+MIL_DEF mil_status mil_trainer_save(const mil_trainer *t, void *dst, size_t *size)
+{
+    if (!t) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = t->ctx;
+    mili_enter(ctx);
+    if (!size) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_trainer_save: size is NULL");
+    if (mili_not_swapped(t, "mil_trainer_save") != MIL_OK) return ctx->status;
+    if (ctx->backend) ctx->backend->synchronize(ctx->backend_self);
+
+    mili_arena arena;
+    memset(&arena, 0, sizeof arena);
+    const size_t most = (size_t)t->slots * MILI_HELD + 3;
+    mil_tensor *tensor = (mil_tensor *)mili_arena_alloc(ctx, &arena, most * sizeof *tensor);
+    const char **name = (const char **)mili_arena_alloc(ctx, &arena, most * sizeof *name);
+    int64_t *updates = (int64_t *)mili_arena_alloc(ctx, &arena, (size_t)t->slots * sizeof *updates);
+    int64_t counter[MILI_COUNTERS], shape = MILI_COUNTERS, one = 1, count = 0;
+    char optimizer[16];
+    mil_meta meta[2];
+    if (!tensor || !name || !updates) goto done;
+
+    counter[MILI_COUNT_UPDATES] = t->updates;
+    counter[MILI_COUNT_BAGS] = t->bags;
+    counter[MILI_COUNT_ACCUMULATED] = t->accumulated;
+    counter[MILI_COUNT_STARTED] = t->started;
+    memcpy(&counter[MILI_COUNT_SEED], &t->seed, sizeof t->seed);
+    name[count] = "counters";
+    tensor[count++] = mil_tensor_make(counter, MIL_I64, 1, &shape);
+    name[count] = "lr_scale";
+    tensor[count++] = mil_tensor_make(&t->lr_scale, MIL_F64, 1, &one);
+    name[count] = "updates";
+    tensor[count++] = mil_tensor_make(updates, MIL_I64, 1, &t->slots);
+    for (int64_t i = 0; i < t->slots; i++) {
+        mili_slot *slot = &t->slot[i];
+        updates[i] = slot->updates;
+        for (int k = 0; k < MILI_HELD; k++) {
+            if (!mili_is_saved(t, slot, k, t->started)) continue;
+            const mil_param *held = mili_held(slot, k);
+            void *data = held->data;
+            if (!mili_host_memory(ctx) && dst) {
+                data = mili_arena_alloc(ctx, &arena, mili_param_bytes(held));
+                if (!data || mili_download(ctx, data, held->data, mili_param_bytes(held)) != MIL_OK) goto done;
+            }
+            name[count] = mili_state_name(ctx, &arena, k, slot->param->key);
+            if (!name[count]) goto done;
+            tensor[count++] = mil_tensor_make(data, held->dtype, held->rank, held->shape);
+        }
+    }
+    meta[0].key = "mil.trainer";
+    meta[0].value = MILI_STATE_VERSION;
+    meta[1].key = "mil.optimizer";
+    meta[1].value = mili_optimizer_name(t, optimizer, sizeof optimizer);
+    mil_tensors_write_memory(ctx, tensor, name, count, meta, 2, dst, size);
+done:
+    mili_arena_free(ctx, &arena);
+    return ctx->status;
+}
+
+// The tensor `name` of this dtype and shape, or NULL with an error.
+MILI_FN const mil_tensor *mili_state_tensor(mil_context *ctx, const mil_tensors *file, const char *name, mil_dtype dtype, int rank, const int64_t *shape)
+{
+    const mil_tensor *x = mil_tensors_get(file, name);
+    int same = x && x->dtype == dtype && x->rank == rank;
+    for (int a = 0; same && a < rank; a++) same = x->shape[a] == shape[a];
+    if (same) return x;
+    if (!x) mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: tensor %s is missing", name);
+    else mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: tensor %s is %s %s, not %s %s", name, mil_dtype_name(x->dtype),
+                   mili_shape_text(x->rank, x->shape).s, mil_dtype_name(dtype), mili_shape_text(rank, shape).s);
+    return NULL;
+}
+
+// Checks the state and, with `take`, copies it. Taking cannot fail on memory that checking has passed, but for a backend's.
+MILI_FN mil_status mili_state_read(mil_trainer *t, mili_arena *arena, const mil_tensors *file, int take)
+{
+    mil_context *ctx = t->ctx;
+    int64_t counter[MILI_COUNTERS], shape = MILI_COUNTERS, one = 1, known = 3;
+    double lr_scale;
+    char optimizer[16];
+    const char *version = mil_tensors_meta(file, "mil.trainer"), *saved = mil_tensors_meta(file, "mil.optimizer");
+    if (!version || strcmp(version, MILI_STATE_VERSION) != 0)
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: %s", version ? "of another version of this library" : "this is not one");
+    if (!saved || strcmp(saved, mili_optimizer_name(t, optimizer, sizeof optimizer)) != 0)
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: of optimizer %s, this trainer's is %s", saved ? saved : "?", optimizer);
+    const mil_tensor *counters = mili_state_tensor(ctx, file, "counters", MIL_I64, 1, &shape);
+    const mil_tensor *scale = mili_state_tensor(ctx, file, "lr_scale", MIL_F64, 1, &one);
+    const mil_tensor *updates = mili_state_tensor(ctx, file, "updates", MIL_I64, 1, &t->slots);
+    if (!counters || !scale || !updates) return ctx->status;
+    memcpy(counter, counters->data, sizeof counter);
+    memcpy(&lr_scale, scale->data, sizeof lr_scale);
+    const int started = counter[MILI_COUNT_STARTED] != 0;
+    if (counter[MILI_COUNT_UPDATES] < 0 || counter[MILI_COUNT_BAGS] < 0 || counter[MILI_COUNT_ACCUMULATED] < 0 ||
+        counter[MILI_COUNT_ACCUMULATED] > counter[MILI_COUNT_BAGS] || started != (counter[MILI_COUNT_UPDATES] > 0) || !mili_is_finite_f64(lr_scale))
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: the counters contradict each other");
+
+    for (int64_t i = 0; i < t->slots; i++) {
+        mili_slot *slot = &t->slot[i];
+        int64_t n;
+        memcpy(&n, (const char *)updates->data + (size_t)i * sizeof n, sizeof n);
+        if (n < 0 || n > counter[MILI_COUNT_UPDATES]) return mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: %s had %lld updates", slot->param->key, (long long)n);
+        if (take) slot->updates = n;
+        for (int k = 0; k < MILI_HELD; k++) {
+            char *name = mili_state_name(ctx, arena, k, slot->param->key);
+            if (!name) return ctx->status;
+            const int has_grad = k == MILI_HELD_GRAD && counter[MILI_COUNT_ACCUMULATED] > 0 && slot->grad.data && mil_tensors_get(file, name);
+            if (take && k == MILI_HELD_GRAD) slot->has_grad = has_grad;
+            if (k == MILI_HELD_GRAD ? !has_grad : !mili_is_saved(t, slot, k, started)) continue;
+            const mil_param *held = mili_held(slot, k);
+            const mil_tensor *x = mili_state_tensor(ctx, file, name, held->dtype, held->rank, held->shape);
+            if (!x) return ctx->status;
+            known++;
+            if (take && mili_upload(ctx, held->data, x->data, mili_param_bytes(held)) != MIL_OK) return ctx->status;
+            for (int64_t j = 0; j < held->count && !take; j++) {
+                mil_real v;
+                memcpy(&v, (const char *)x->data + (size_t)j * sizeof v, sizeof v);
+                if (!mili_is_finite(v) || (k == MILI_HELD_SECOND && v < 0))
+                    return mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: %s[%lld] is %g", name, (long long)j, (double)v);
+            }
+        }
+    }
+    if (known != mil_tensors_count(file))
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: %lld tensors where this model and these options have %lld",
+                         (long long)mil_tensors_count(file), (long long)known);
+    if (!take) return MIL_OK;
+    t->updates = counter[MILI_COUNT_UPDATES];
+    t->bags = counter[MILI_COUNT_BAGS];
+    t->accumulated = counter[MILI_COUNT_ACCUMULATED];
+    t->started = started;
+    memcpy(&t->seed, &counter[MILI_COUNT_SEED], sizeof t->seed);
+    t->lr_scale = lr_scale;
+    return MIL_OK;
+}
+
+MIL_DEF mil_status mil_trainer_restore(mil_trainer *t, const void *bytes, size_t size)
+{
+    if (!t) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = t->ctx;
+    mil_tensors *file = NULL;
+    mili_arena arena;
+    memset(&arena, 0, sizeof arena);
+    mili_enter(ctx);
+    if (mili_not_swapped(t, "mil_trainer_restore") != MIL_OK) return ctx->status;
+    if (mil_tensors_open_memory(ctx, bytes, size, 0, &file) != MIL_OK) return ctx->status;
+    if (mili_state_read(t, &arena, file, 0) == MIL_OK) {
+        mili_arena_reset(&arena);
+        mili_state_read(t, &arena, file, 1);
+    }
+    mili_arena_free(ctx, &arena);
+    mil_tensors_free(file);
+    return ctx->status;
+}
+#endif
 
 // ==== >>score-code: scorer ========================================================================================
 //
