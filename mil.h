@@ -1758,6 +1758,24 @@ MILI_FN void *mili_arena_alloc(mil_context *ctx, mili_arena *arena, size_t bytes
     return memset((char *)c + MILI_CHUNK_HEAD, 0, bytes);
 }
 
+// Scratch: what is taken after a mark is given back by the release, while what was there before stays.
+typedef struct mili_arena_mark { mili_chunk *chunk; size_t used; } mili_arena_mark;
+
+MILI_FN mili_arena_mark mili_arena_here(const mili_arena *arena)
+{
+    mili_arena_mark mark;
+    mark.chunk = arena->current;
+    mark.used = arena->current ? arena->current->used : 0;
+    return mark;
+}
+
+MILI_FN void mili_arena_release(mili_arena *arena, mili_arena_mark mark)
+{
+    for (mili_chunk *c = mark.chunk ? mark.chunk->next : arena->first; c; c = c->next) c->used = 0;
+    if (mark.chunk) mark.chunk->used = mark.used;
+    arena->current = mark.chunk ? mark.chunk : arena->first;
+}
+
 MILI_FN void mili_arena_reset(mili_arena *arena)
 {
     for (mili_chunk *c = arena->first; c; c = c->next) c->used = 0;
@@ -3969,11 +3987,12 @@ typedef struct mili_span { size_t bytes; size_t *offset; int first, last; } mili
 
 // Gives each span an offset such that spans that live at the same time do not overlap. Largest first, each at the lowest
 // place that is free throughout its life. Returns the total, or SIZE_MAX after an allocation failure.
-MILI_FN size_t mili_pack_spans(mil_context *ctx, mili_span *span, int count, int share)
+MILI_FN size_t mili_pack_spans(mil_tape *tape, mili_span *span, int count, int share)
 {
     size_t total = 0;
     if (count == 0) return 0;
-    int *order = (int *)mili_alloc(ctx, (size_t)count * 2 * sizeof *order);
+    const mili_arena_mark mark = mili_arena_here(&tape->arena);
+    int *order = (int *)mili_arena_alloc(tape->ctx, &tape->arena, (size_t)count * 2 * sizeof *order);
     if (!order) return SIZE_MAX;
     int *placed = order + count;                           // by offset
     for (int i = 0; i < count; i++) order[i] = i;
@@ -4004,7 +4023,7 @@ MILI_FN size_t mili_pack_spans(mil_context *ctx, mili_span *span, int count, int
         for (; j > 0 && *span[placed[j - 1]].offset > at; j--) placed[j] = placed[j - 1];
         placed[j] = order[i];
     }
-    mili_free(ctx, order, (size_t)count * 2 * sizeof *order);
+    mili_arena_release(&tape->arena, mark);
     return total;
 }
 
@@ -4101,9 +4120,10 @@ MILI_FN mil_status mili_make_steps(mil_tape *tape, mili_plan *plan, int stages, 
     if (!plan->step || !list) return MIL_ERROR_NO_MEMORY;
 
     // Nodes by stage, in the order of recording: a counting sort, so that deep models stay linear.
-    int64_t *start = (int64_t *)mili_alloc_zero(ctx, (size_t)(stages + 1) * sizeof *start);
-    mil_node **sorted = (mil_node **)mili_alloc(ctx, (size_t)MILI_MAX(nodes, 1) * sizeof *sorted);
-    if (!start || !sorted) goto done;
+    const mili_arena_mark mark = mili_arena_here(&tape->arena);
+    int64_t *start = (int64_t *)mili_arena_alloc(ctx, &tape->arena, (size_t)(stages + 1) * sizeof *start);
+    mil_node **sorted = (mil_node **)mili_arena_alloc(ctx, &tape->arena, (size_t)MILI_MAX(nodes, 1) * sizeof *sorted);
+    if (!start || !sorted) return MIL_ERROR_NO_MEMORY;
     for (int64_t i = tape->ran; i < tape->count; i++) if (mili_runs(tape->node[i])) start[tape->node[i]->plan->stage + 1]++;
     for (int s = 0; s < stages; s++) start[s + 1] += start[s];
     for (int64_t i = tape->ran; i < tape->count; i++) if (mili_runs(tape->node[i])) sorted[start[tape->node[i]->plan->stage]++] = tape->node[i];
@@ -4134,10 +4154,8 @@ MILI_FN mil_status mili_make_steps(mil_tape *tape, mili_plan *plan, int stages, 
             }
         }
     }
-done:
-    mili_free(ctx, start, (size_t)(stages + 1) * sizeof *start);
-    mili_free(ctx, (void *)sorted, (size_t)MILI_MAX(nodes, 1) * sizeof *sorted);
-    return start && sorted ? MIL_OK : MIL_ERROR_NO_MEMORY;
+    mili_arena_release(&tape->arena, mark);
+    return MIL_OK;
 }
 
 // ---- where values live ----
@@ -4225,7 +4243,7 @@ MILI_FN mil_status mili_plan_slot(mil_tape *tape, mili_step *step, mili_span *sp
             s->last = last;
         }
     }
-    const size_t tiles = mili_pack_spans(tape->ctx, span, spans, 1);
+    const size_t tiles = mili_pack_spans(tape, span, spans, 1);
     if (tiles == SIZE_MAX) return MIL_ERROR_NO_MEMORY;
     step->slot_bytes = tiles + step->scratch_bytes;
     return MIL_OK;
@@ -4261,7 +4279,8 @@ MILI_FN mili_plan *mili_make_plan(mil_tape *tape)
     mili_assign_places(tape, plan);
 
     const size_t room = (size_t)(4 * (tape->count - tape->ran) + plan->step_count + 1);
-    mili_span *span = (mili_span *)mili_alloc(ctx, room * sizeof *span);
+    const mili_arena_mark mark = mili_arena_here(&tape->arena);
+    mili_span *span = (mili_span *)mili_arena_alloc(ctx, &tape->arena, room * sizeof *span);
     if (!span) return NULL;
     const int end = plan->step_count;
     const int share = !(tape->options & (1u << MIL_TAPE_NO_REUSE)) && !tape->stream_capacity;     // a stream's values all stay
@@ -4307,8 +4326,8 @@ MILI_FN mili_plan *mili_make_plan(mil_tape *tape)
             mili_add_span(span, &count, n->plan->bytes, &n->plan->offset, 0, end);
         }
     MIL_ASSERT((size_t)count <= room);
-    plan->bytes = ok ? mili_pack_spans(ctx, span, count, share) : SIZE_MAX;
-    mili_free(ctx, span, room * sizeof *span);
+    plan->bytes = ok ? mili_pack_spans(tape, span, count, share) : SIZE_MAX;
+    mili_arena_release(&tape->arena, mark);
     return plan->bytes == SIZE_MAX ? NULL : plan;
 }
 
