@@ -1194,7 +1194,10 @@ struct mil_op {
     void (*grad)(mil_node *n, mil_node *dy);                       // records gradients through mil_add_grad; NULL: not differentiable
     unsigned flags;                                                // MIL_OP_*
 };
-enum { MIL_OP_STOPS_GRADIENT = 1 };                                // what stands below gets no gradient through it, on purpose
+enum {
+    MIL_OP_STOPS_GRADIENT = 1,                                     // what stands below gets no gradient through it, on purpose
+    MIL_OP_WAVES = 2                                               // REDUCE: run adds rows to x->out itself (starts it when x->row is 0), parallel
+};                                                                 // inside; used instead of many states where a state is large
 
 struct mil_node {                                                  // read-only for users
     const mil_op *op;
@@ -1244,6 +1247,10 @@ MIL_API mil_node *mil_node_second(mil_node *n, mil_dtype dtype, int rank, const 
 MIL_API void mil_add_grad(mil_node *x, mil_node *dx);                                        // in op->grad: adds to x's gradient; same shape
 #endif
 MIL_API int  mil_wants_grad(const mil_node *x);                                              // whether mil_add_grad would be used
+// The library's own ops, for those who write backends.
+MIL_API int64_t       mil_op_count(void);
+MIL_API const mil_op *mil_op_at(int64_t i);                                                  // NULL outside 0..count-1
+MIL_API const mil_op *mil_op_find(const char *name);                                         // NULL when there is none
 // Records an error with the op's name in front, returns NULL: `return mil_node_fail(x, "softmax: ...")`.
 MIL_API mil_node *mil_tape_fail(mil_tape *tape, mil_status status, const char *format, ...) MIL_PRINTF(3, 4);
 // In the run of a WHOLE kind: task(arg, i, scratch) for i in 0..count-1 on the context's threads, each with op->scratch(node)
@@ -3421,11 +3428,12 @@ MIL_DEF mil_status mil_register(mil_context *ctx, const mil_architecture *archit
 enum {                                                     // mil_node.flags
     MILI_KEEP = 1,                                         // read after the run
     MILI_WANTS_GRAD = 2,                                   // a parameter or marked input stands below it
-    MILI_DONE = 4,                                         // computed by an earlier run
+    MILI_KEPT = 4,                                         // kept when its run was planned, so that its memory is its own
     MILI_NEEDED = 8,                                       // for the present plan
     MILI_BACKWARD = 16                                     // recorded by mil_tape_backward
 };
 
+enum { MILI_MAX_SCOPES = 64 };                             // deeper ones are counted, not named
 typedef struct mili_draw { const char *name; mil_tensor values; } mili_draw;
 typedef struct mili_update { mil_param *param; mil_node *value; } mili_update;
 typedef struct mili_plan mili_plan;
@@ -3449,6 +3457,7 @@ struct mil_tape {
     struct { const char *name; int64_t times; } *drawn;    // names drawn so far, to number repeats
     int64_t      drawn_count, drawn_capacity;
     char         layer[256];                               // scopes pushed, joined by dots
+    int          layer_start[MILI_MAX_SCOPES], scopes;     // where each begins; a scope may hold dots of its own
     const char  *layer_interned;
     mil_status   status;
     char         error[MILI_ERROR_SIZE];
@@ -3464,10 +3473,11 @@ struct mil_tape {
 
 // What the planner and the executor know of a node.
 typedef struct mili_plan_node {
-    mil_node *converted;                                   // this foreign-dtype input as mil_real (or as index)
+    mil_node *converted[2];                                // this foreign-dtype input as mil_real, as index
     mil_node *base;                                        // whose memory this is: itself, or for a view the first non-view below
     int       stage, group;
     int       first, last;                                 // steps between which its memory is taken
+    int       last_reader;                                 // in its group
     int       place;                                       // MILI_PLACE_*
     int       run;                                         // the workspace it lies in
     size_t    offset, bytes;                               // in the workspace, or within a slot for a tile
@@ -3581,6 +3591,7 @@ MIL_DEF void mil_tape_reset(mil_tape *tape)
     tape->backward_done = tape->in_backward = 0;
     tape->layer[0] = 0;
     tape->layer_interned = "";
+    tape->scopes = 0;
     tape->status = MIL_OK;
     tape->error[0] = 0;
     tape->plan = NULL;
@@ -3631,15 +3642,16 @@ MIL_DEF void mil_tape_push(mil_tape *tape, const char *layer)
 {
     if (!tape || !layer) return;
     const size_t at = strlen(tape->layer);
+    if (tape->scopes++ >= MILI_MAX_SCOPES) return;
+    tape->layer_start[tape->scopes - 1] = (int)at;
     snprintf(tape->layer + at, sizeof tape->layer - at, at ? ".%s" : "%s", layer);
     tape->layer_interned = NULL;
 }
 
 MIL_DEF void mil_tape_pop(mil_tape *tape)
 {
-    if (!tape) return;
-    char *dot = strrchr(tape->layer, '.');
-    *(dot ? dot : tape->layer) = 0;
+    if (!tape || tape->scopes == 0 || --tape->scopes >= MILI_MAX_SCOPES) return;
+    tape->layer[tape->layer_start[tape->scopes]] = 0;
     tape->layer_interned = NULL;
 }
 
@@ -3863,6 +3875,8 @@ MIL_DEF void mil_update(mil_param *param, mil_node *value)
                       param ? mili_shape_text(param->rank, param->shape).s : "", MILI_SHAPE(value));
         return;
     }
+    if (value->plan->base->op == &mili_op_param && value->dtype == MIL_REAL_DTYPE) value = mil_affine(value, 1, 0);   // its value now: that may be updated, too
+    if (!value) return;
     if (!mili_reserve(tape->ctx, (void **)&tape->update, &tape->update_capacity, tape->update_count + 1, sizeof *tape->update)) {
         mili_tape_fail_ctx(tape);
         return;
@@ -3879,7 +3893,7 @@ MIL_DEF mil_node *mil_node_grad(mil_node *x) { return x ? x->grad : NULL; }
 MIL_DEF void mil_add_grad(mil_node *x, mil_node *dx)
 {
     if (!x || !dx || !mil_wants_grad(x)) return;
-    if (x->count != dx->count) {
+    if (x->rank != dx->rank || memcmp(x->shape, dx->shape, (size_t)x->rank * sizeof *x->shape) != 0) {
         mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "gradient of %s %s came as %s", x->op->name, MILI_SHAPE(x), MILI_SHAPE(dx));
         return;
     }
@@ -3890,6 +3904,8 @@ MIL_DEF void mil_add_grad(mil_node *x, mil_node *dx)
 MILI_FN mil_status mili_backward_walk(mil_tape *tape)
 {
     const int64_t end = tape->count;
+    char scope[sizeof tape->layer];                        // the caller's, put back below
+    memcpy(scope, tape->layer, sizeof scope);
     tape->in_backward = 1;
     for (int64_t i = end - 1; i >= 0 && tape->status == MIL_OK; i--) {
         mil_node *n = tape->node[i];
@@ -3900,7 +3916,7 @@ MILI_FN mil_status mili_backward_walk(mil_tape *tape)
         else mil_tape_fail(tape, MIL_ERROR_UNSUPPORTED, "%s: has no gradient", n->op->name);
     }
     tape->in_backward = 0;
-    tape->layer[0] = 0;
+    memcpy(tape->layer, scope, sizeof scope);
     tape->layer_interned = NULL;
     return tape->status;
 }
@@ -3930,7 +3946,7 @@ MIL_DEF mil_status mil_tape_backward_from(mil_tape *tape, mil_node *const *y, mi
     tape->backward_done = 1;
     tape->in_backward = 1;
     for (int i = 0; i < count && tape->status == MIL_OK; i++) {
-        if (!y[i] || !dy[i]) mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_tape_backward_from: result or cotangent %d is NULL", i);
+        if (!y[i] || !dy[i] || y[i]->tape != tape || dy[i]->tape != tape) mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_tape_backward_from: result or cotangent %d is not on this tape", i);
         else mil_add_grad(y[i], dy[i]);
     }
     return mili_backward_walk(tape);
@@ -4058,24 +4074,34 @@ MILI_FN size_t mili_row_bytes(const mil_node *n) { return (size_t)n->cols * mil_
 MILI_FN size_t mili_node_bytes(const mil_node *n) { return (size_t)n->count * mil_dtype_size(n->dtype); }
 
 // ---- what is needed, and when it can run ----
+// Whether a value has not run yet or was kept when it ran.
+MILI_FN int mili_still_there(mil_tape *tape, const mil_node *n)
+{
+    const mil_node *base = n->plan->base;
+    if (base->index >= tape->ran || base->kind == MIL_KIND_LEAF || base->flags & MILI_KEPT) return 1;
+    mil_tape_fail(tape, MIL_ERROR_STATE, "%s %s: of an earlier run and not kept; keep it before that run", base->op->name, MILI_SHAPE(base));
+    return 0;
+}
+
 MILI_FN mil_status mili_mark_needed(mil_tape *tape)
 {
     for (int64_t i = tape->ran; i < tape->count; i++) {
         tape->node[i]->flags &= ~(unsigned)MILI_NEEDED;
         if (tape->node[i]->flags & MILI_KEEP) tape->node[i]->flags |= MILI_NEEDED;
     }
-    for (int64_t i = tape->updates_ran; i < tape->update_count; i++) tape->update[i].value->flags |= MILI_NEEDED;
+    for (int64_t i = tape->updates_ran; i < tape->update_count; i++) {
+        tape->update[i].value->flags |= MILI_NEEDED;
+        tape->update[i].value->plan->base->flags |= MILI_NEEDED;
+        if (!mili_still_there(tape, tape->update[i].value)) return tape->status;
+    }
     for (int64_t i = tape->count - 1; i >= tape->ran; i--) {
         mil_node *n = tape->node[i];
         if (!(n->flags & MILI_NEEDED)) continue;
         for (int j = 0; j < n->input_count; j++) {
             mil_node *in = n->input[j];
             in->flags |= MILI_NEEDED;
-            const mil_node *base = in->plan->base;
-            if (base->index < tape->ran && base->kind != MIL_KIND_LEAF && !(base->flags & MILI_KEEP)) {
-                mil_tape_fail(tape, MIL_ERROR_STATE, "%s %s: of an earlier run and not kept; keep it before that run", base->op->name, MILI_SHAPE(base));
-                return tape->status;
-            }
+            in->plan->base->flags |= MILI_NEEDED;
+            if (!mili_still_there(tape, in)) return tape->status;
         }
     }
     return MIL_OK;
@@ -4180,7 +4206,7 @@ MILI_FN void mili_assign_places(mil_tape *tape, mili_plan *plan)
                 made[m]->plan->first = made[m]->plan->last = s;
                 made[m]->plan->place = plan->step[s].group && n->kind == MIL_KIND_ROWS ? MILI_PLACE_TILE : MILI_PLACE_FULL;
             }
-            n->plan->deferred = n->kind == MIL_KIND_REDUCE && plan->step[s].group && n->op->run && n->op->state_bytes(n) > MILI_DEFERRED_STATE;
+            n->plan->deferred = n->kind == MIL_KIND_REDUCE && plan->step[s].group && n->op->flags & MIL_OP_WAVES && n->op->state_bytes(n) > MILI_DEFERRED_STATE;
         }
     for (int s = 0; s < plan->step_count; s++)
         for (int k = 0; k < plan->step[s].count; k++) {
@@ -4198,7 +4224,7 @@ MILI_FN void mili_assign_places(mil_tape *tape, mili_plan *plan)
     for (int64_t i = tape->ran; i < tape->count; i++) {
         mil_node *n = tape->node[i], *base = n->plan->base;
         if (!(n->flags & MILI_NEEDED) || base->kind == MIL_KIND_LEAF || base->index < tape->ran) continue;
-        if (n->flags & MILI_KEEP) { base->flags |= MILI_KEEP; base->plan->place = MILI_PLACE_FULL; base->plan->last = plan->step_count; }
+        if (n->flags & MILI_KEEP) { base->flags |= MILI_KEEP | MILI_KEPT; base->plan->place = MILI_PLACE_FULL; base->plan->last = plan->step_count; }
     }
     for (int64_t i = plan->update_begin; i < plan->update_end; i++) {
         mil_node *base = tape->update[i].value->plan->base;
@@ -4227,20 +4253,21 @@ MILI_FN mil_status mili_plan_slot(mil_tape *tape, mili_step *step, mili_span *sp
     while (step->tile_rows > 8 && row > MILI_TILE_BYTES / (size_t)step->tile_rows) step->tile_rows /= 2;
     step->partitions = MILI_PARTITIONS;
 
+    for (int k = 0; k < step->count; k++) {                // the last reader of each tile
+        step->node[k]->plan->last_reader = k;
+        if (step->node[k]->second) step->node[k]->second->plan->last_reader = k;
+        for (int i = 0; i < step->node[k]->input_count; i++) step->node[k]->input[i]->plan->base->plan->last_reader = k;
+    }
     int spans = 0;
     for (int k = 0; k < step->count; k++) {
         for (int m = 0; m < 2; m++) {
             mil_node *n = m ? step->node[k]->second : step->node[k];
             if (!n || n->plan->place != MILI_PLACE_TILE) continue;
-            int last = k;
-            for (int j = k + 1; j < step->count; j++)
-                for (int i = 0; i < step->node[j]->input_count; i++)
-                    if (step->node[j]->input[i]->plan->base == n) last = j;
             mili_span *s = &span[spans++];
             s->bytes = mili_align_up((size_t)step->tile_rows * mili_row_bytes(n));
             s->offset = &n->plan->offset;
             s->first = k;
-            s->last = last;
+            s->last = n->plan->last_reader;
         }
     }
     const size_t tiles = mili_pack_spans(tape, span, spans, 1);
@@ -4335,8 +4362,13 @@ MIL_DEF size_t mil_tape_bytes(mil_tape *tape)
 {
     if (!tape || tape->status != MIL_OK) return 0;
     mili_enter(tape->ctx);
-    const mili_plan *plan = mili_make_plan(tape);
-    return plan ? plan->bytes + MILI_ALIGN : 0;
+    mili_chunk *chunk = tape->arena.current;               // the plan is only looked at: its memory is given back
+    const size_t used = chunk ? chunk->used : 0;
+    const mili_plan *plan = tape->count == tape->ran && tape->update_count == tape->updates_ran ? NULL : mili_make_plan(tape);
+    const size_t bytes = plan ? plan->bytes + MILI_ALIGN : 0;
+    for (mili_chunk *c = chunk; c; c = c->next) c->used = c == chunk ? used : 0;
+    tape->arena.current = chunk;
+    return bytes;
 }
 
 MIL_DEF void mil_tape_workspace(mil_tape *tape, void *memory, size_t bytes)
@@ -4759,6 +4791,7 @@ MILI_FN mil_status mili_apply_updates(mil_tape *tape, const mili_plan *plan)
 MILI_FN mil_status mili_run_steps(mil_tape *tape, mili_plan *plan)
 {
     mil_context *ctx = tape->ctx;
+    if (tape->options & (1u << MIL_TAPE_POISON) && mili_host_memory(ctx) && plan->bytes) memset(plan->memory, 0xff, plan->bytes);
     if (mili_bind(tape, plan) != MIL_OK) return ctx->status;
     for (int s = 0; s < plan->step_count; s++) {
         if (mili_run_step(tape, plan, &plan->step[s]) != MIL_OK) return ctx->status;
@@ -4840,10 +4873,12 @@ MILI_FN void mili_plan_done(mil_tape *tape, mili_plan *plan)
 MIL_DEF mil_status mil_tape_run(mil_tape *tape)
 {
     mili_plan *plan;
+    const size_t user_used = tape ? tape->user_used : 0;
     if (mili_tape_check(tape) != MIL_OK || mili_plan_run(tape, &plan) != MIL_OK) return tape ? tape->ctx->status : MIL_ERROR_ARGUMENT;
     if (!plan) return MIL_OK;
     if (mili_run_plan(tape, plan) == MIL_OK) mili_plan_done(tape, plan);
-    else tape->workspace_used -= tape->user_memory ? 0 : 1;
+    else if (tape->user_memory) tape->user_used = user_used;
+    else tape->workspace_used--;
     return tape->ctx->status;
 }
 
@@ -4864,8 +4899,8 @@ MIL_DEF mil_status mil_node_read(mil_node *node, void *dst, int64_t count)
     const mil_node *base = node->plan->base;
     if (!dst || count != node->count)
         return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_node_read: %s %s has %lld elements, not %lld", node->op->name, MILI_SHAPE(node), (long long)node->count, (long long)count);
-    if (base->kind != MIL_KIND_LEAF && !(base->flags & MILI_KEEP))
-        return mili_fail(ctx, MIL_ERROR_STATE, "mil_node_read: %s %s was not kept (mil_node_keep)", node->op->name, MILI_SHAPE(node));
+    if (base->kind != MIL_KIND_LEAF && base->index < node->tape->ran && !(base->flags & MILI_KEPT))
+        return mili_fail(ctx, MIL_ERROR_STATE, "mil_node_read: %s %s was not kept (mil_node_keep before the run)", node->op->name, MILI_SHAPE(node));
     if (base->kind != MIL_KIND_LEAF && base->index >= node->tape->ran)
         return mili_fail(ctx, MIL_ERROR_STATE, "mil_node_read: %s %s has not run", node->op->name, MILI_SHAPE(node));
     if (ctx->backend) ctx->backend->synchronize(ctx->backend_self);
@@ -4920,6 +4955,14 @@ MILI_FN mili_around mili_around_axis(const mil_node *x, int a)
     return r;
 }
 
+// Whether both inputs are there. A NULL usually is an earlier error, which the tape has; a caller's own NULL becomes one.
+MILI_FN int mili_have(const mil_node *a, const mil_node *b, const char *op)
+{
+    if (a && b) return 1;
+    if (a || b) mil_tape_fail(a ? a->tape : b->tape, MIL_ERROR_ARGUMENT, "%s: an input is NULL", op);
+    return 0;
+}
+
 MILI_FN int mili_same_shape(const mil_node *a, const mil_node *b)
 {
     if (a->rank != b->rank) return 0;
@@ -4950,6 +4993,25 @@ MILI_FN void mili_for(const mil_exec *x, int64_t count, int64_t cost, void (*bod
 
 // ---- convert: inputs of other dtypes or strides ----
 // Rows of an input leaf, read where they stand. Without gradient: an input that wants one must be packed mil_real.
+// One element as an index: integers exactly; what no int64_t holds becomes -1, which no op takes for an index.
+MILI_FN int64_t mili_integer_at(const mili_kernels *K, const char *src, mil_dtype dtype)
+{
+    int64_t i64;
+    uint32_t u32;
+    int32_t i32;
+    mil_real real;
+    double value;
+    switch (dtype) {
+    case MIL_I64:
+    case MIL_U64: memcpy(&i64, src, sizeof i64); return dtype == MIL_U64 && i64 < 0 ? -1 : i64;
+    case MIL_U32: memcpy(&u32, src, sizeof u32); return (int64_t)u32;
+    case MIL_I32: memcpy(&i32, src, sizeof i32); return i32;
+    case MIL_F64: memcpy(&value, src, sizeof value); break;
+    default:      mili_convert(K, &real, src, dtype, 1); value = (double)real;
+    }
+    return value > -9.2e18 && value < 9.2e18 ? (int64_t)value : -1;
+}
+
 MILI_FN void mili_convert_run(const mil_exec *x)
 {
     const mil_node *n = x->node, *leaf = n->input[0];
@@ -4966,12 +5028,7 @@ MILI_FN void mili_convert_run(const mil_exec *x)
         }
         if (n->dtype == MIL_I64) {
             int64_t *dst = (int64_t *)x->out + r * cols;
-            for (int64_t j = 0; j < cols; j++) {
-                mil_real value;
-                if (t.dtype == MIL_I64) { memcpy(&dst[j], src + j * step, sizeof dst[j]); continue; }
-                mili_convert(MILI_K(x), &value, src + j * step, t.dtype, 1);
-                dst[j] = (int64_t)value;
-            }
+            for (int64_t j = 0; j < cols; j++) dst[j] = mili_integer_at(MILI_K(x), src + j * step, t.dtype);
         } else if (step == width) mili_convert(MILI_K(x), MILI_OUT(x) + r * cols, src, t.dtype, cols);
         else for (int64_t j = 0; j < cols; j++) mili_convert(MILI_K(x), MILI_OUT(x) + r * cols + j, src + j * step, t.dtype, 1);
     }
@@ -4987,19 +5044,21 @@ MILI_FN mil_node *mili_as(mil_node *x, mil_dtype dtype)
                              mil_dtype_name(x->dtype), mil_dtype_name(dtype));
     }
     if (x->dtype == dtype && mili_input_direct(x)) return x;
-    if (!x->plan->converted) {
+    mil_node **converted = &x->plan->converted[dtype == MIL_I64];
+    if (!*converted) {
         mil_spec s = mil_spec_make(&mili_op_convert, MIL_KIND_ROWS, x->rank, x->shape);
         s.dtype = dtype;
         s.input_count = 1;
         s.input[0] = x;
         if (x->flags & MILI_WANTS_GRAD)
             return mil_tape_fail(x->tape, MIL_ERROR_UNSUPPORTED, "an input that wants a gradient must be packed %s", mil_dtype_name(MIL_REAL_DTYPE));
-        x->plan->converted = mil_record(x->tape, &s);
+        *converted = mil_record(x->tape, &s);
     }
-    return x->plan->converted;
+    return *converted;
 }
 MILI_FN mil_node *mili_real(mil_node *x) { return mili_as(x, MIL_REAL_DTYPE); }
 MILI_FN mil_node *mili_index(mil_node *x) { return mili_as(x, MIL_I64); }
+MILI_FN mil_node *mili_either(mil_node *x) { return mili_as(x, x && x->dtype == MIL_I64 ? MIL_I64 : MIL_REAL_DTYPE); }   // for ops that only move elements
 
 // ---- constant ----
 MILI_FN void mili_constant_run(const mil_exec *x)
@@ -5330,6 +5389,7 @@ MILI_FN mil_node *mili_binary_record(mil_node *a, mil_node *b, mili_binary_kind 
 
 MILI_FN mil_node *mili_binary(mil_node *a, mil_node *b, mili_binary_kind kind, double param)
 {
+    if (!mili_have(a, b, mili_binary_ops[kind].name)) return NULL;
     a = mili_real(a);
     b = mili_real(b);
     if (!a || !b) return NULL;
@@ -5337,6 +5397,8 @@ MILI_FN mil_node *mili_binary(mil_node *a, mil_node *b, mili_binary_kind kind, d
     int64_t shape[MIL_MAX_RANK];
     if (!mili_broadcast_shape(a, b, &rank, shape))
         return mil_tape_fail(a->tape, MIL_ERROR_SHAPE, "%s: %s and %s do not broadcast", mili_binary_ops[kind].name, MILI_SHAPE(a), MILI_SHAPE(b));
+    if (kind == MILI_BINARY_mask_fill && mili_shape_count(rank, shape) != a->count)
+        return mil_tape_fail(a->tape, MIL_ERROR_SHAPE, "mask_fill: the mask %s does not broadcast to %s", MILI_SHAPE(b), MILI_SHAPE(a));
     return mili_binary_record(a, b, kind, rank, shape, param);
 }
 
@@ -5380,7 +5442,7 @@ MILI_FN mil_node *mili_view(mil_node *x, const mil_op *op, int rank, const int64
 
 MIL_DEF mil_node *mil_reshape(mil_node *x, int rank, const int64_t *shape)
 {
-    if (x && x->dtype != MIL_I64) x = mili_real(x);
+    x = mili_either(x);
     if (!x) return NULL;
     int64_t to[MIL_MAX_RANK], known = 1;
     int open = -1, ok = rank >= 0 && rank <= MIL_MAX_RANK, same = rank == x->rank;
@@ -5516,6 +5578,7 @@ static const mil_op mili_op_concat = MILI_ROWS_OP("concat", mili_concat_run, mil
 MIL_DEF mil_node *mil_concat(mil_node *const *x, int count, int axis)
 {
     if (count < 1 || !x || !x[0]) return NULL;
+    for (int k = 1; k < count; k++) if (!mili_have(x[0], x[k], "concat")) return NULL;
     if (count == 1) return x[0];
     if (count > MIL_MAX_INPUTS) {                          // in groups, then the groups
         mil_node *part[MIL_MAX_INPUTS];
@@ -5600,12 +5663,12 @@ MILI_FN mil_node *mili_along(mil_node *x, const mil_op *op, int a, int64_t start
 
 MIL_DEF mil_node *mil_slice(mil_node *x, int axis, int64_t start, int64_t length)
 {
-    if (x && x->dtype != MIL_I64) x = mili_real(x);
+    x = mili_either(x);
     if (!x) return NULL;
     const int a = mili_axis(x, axis, "slice");
     if (a < 0) return NULL;
     if (start < 0 || length < 0 || start > x->shape[a] - length)
-        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "slice: %lld..%lld of axis %d of %s", (long long)start, (long long)(start + length), a, MILI_SHAPE(x));
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "slice: %lld from %lld on of axis %d of %s", (long long)length, (long long)start, a, MILI_SHAPE(x));
     return length == x->shape[a] ? x : mili_along(x, &mili_op_slice, a, start, length);
 }
 
@@ -5630,7 +5693,10 @@ typedef enum mili_reduction_kind { MILI_REDUCTION_LIST(MILI_REDUCTION_ENUM) MILI
 MILI_FN int64_t mili_row_argmax(const mil_real *x, int64_t n, int smallest)
 {
     int64_t best = 0;
-    for (int64_t j = 1; j < n; j++) if (smallest ? x[j] < x[best] : x[j] > x[best]) best = j;
+    for (int64_t j = 0; j < n; j++) {
+        if (mili_is_nan(x[j])) return j;                   // as the maximum is then: NaN, and the first one
+        if (smallest ? x[j] < x[best] : x[j] > x[best]) best = j;
+    }
     return best;
 }
 
@@ -5655,8 +5721,9 @@ MILI_FN void mili_reduction_rows(const mil_exec *x)
         case MILI_REDUCTION_logsumexp: {
             const mil_real top = K->max(a, n);
             mil_real sum = 0;
-            if (top != -MILI_INF) for (int64_t j = 0; j < n; j++) sum += mili_exp(a[j] - top);
-            *y = top == -MILI_INF ? top : top + mili_log(sum);
+            if (mili_fabs(top) == MILI_INF) { *y = top; break; }
+            for (int64_t j = 0; j < n; j++) sum += mili_exp(a[j] - top);
+            *y = top + mili_log(sum);
             break;
         }
         case MILI_REDUCTION_argmax: ((int64_t *)x->out)[r] = mili_row_argmax(a, n, 0); break;
@@ -5665,7 +5732,7 @@ MILI_FN void mili_reduction_rows(const mil_exec *x)
     }
 }
 
-// State: two reals per column (value; or maximum and sum of exponentials), then, for maxima, the row it stands in.
+// State: for maxima the row it stands in; then two reals per column (value and sum of a tile; or maximum and sum of exponentials).
 MILI_FN int64_t mili_reduction_inner(const mil_node *n) { return n->outer ? n->count / n->outer : 0; }
 MILI_FN size_t mili_reduction_state(const mil_node *n) { return (size_t)mili_reduction_inner(n) * (2 * sizeof(mil_real) + sizeof(int64_t)); }
 
@@ -5682,7 +5749,7 @@ MILI_FN void mili_reduction_begin(const mil_exec *x)
 MILI_INLINE void mili_logsumexp_add(mil_real *top, mil_real *sum, mil_real m, mil_real s)
 {
     if (m == -MILI_INF) return;
-    if (m <= *top) { *sum += s * mili_exp(m - *top); return; }
+    if (m <= *top) { *sum += m == *top ? s : s * mili_exp(m - *top); return; }     // equal: also when both are infinite
     *sum = *top == -MILI_INF ? s : *sum * mili_exp(*top - m) + s;
     *top = m;                                              // also when m is NaN: it stays
 }
@@ -5696,8 +5763,13 @@ MILI_FN void mili_reduction_step(const mil_exec *x)
     for (int64_t r = 0; r < x->rows; r++) {
         const mil_real *a = MILI_IN(x, 0) + r * inner;
         switch ((mili_reduction_kind)kind) {
-        case MILI_REDUCTION_sum:
-        case MILI_REDUCTION_mean: K->add(value, value, a, inner); break;
+        case MILI_REDUCTION_sum:                           // tile by tile, so that rounding grows with the tiles, not the rows
+        case MILI_REDUCTION_mean:
+            K->add(sum, sum, a, inner);
+            if ((r + 1) % MILI_TILE_ROWS != 0 && r + 1 < x->rows) break;
+            K->add(value, value, sum, inner);
+            memset(sum, 0, (size_t)inner * sizeof *sum);
+            break;
         case MILI_REDUCTION_max:
         case MILI_REDUCTION_argmax:
             for (int64_t j = 0; j < inner; j++)
@@ -5730,7 +5802,7 @@ MILI_FN void mili_reduction_merge(const mil_exec *x, void *into, const void *fro
             if (at2[j] < 0) break;
             take = at[j] < 0 || mili_is_nan(value2[j]) || (kind == MILI_REDUCTION_min ? value2[j] < value[j] : value2[j] > value[j]);
             take |= value2[j] == value[j] && at2[j] < at[j];
-            if (at[j] >= 0 && mili_is_nan(value[j])) take = 0;
+            if (at[j] >= 0 && mili_is_nan(value[j])) take = mili_is_nan(value2[j]) && at2[j] < at[j];
             if (take) { value[j] = value2[j]; at[j] = at2[j]; }
         }
     }
@@ -6023,13 +6095,15 @@ static const mil_op mili_op_linear = { "linear", mili_linear_run, NULL, NULL, NU
 // w is [.., r, c] with leading axes 1.
 MILI_FN mil_node *mili_linear(mil_node *x, mil_node *w, mil_node *bias, int transposed)
 {
+    if (!mili_have(x, w, "linear")) return NULL;
     x = mili_real(x);
     w = mili_real(w);
     if (!x || !w) return NULL;
     const int64_t in = transposed ? w->cols : w->rank > 1 ? w->shape[w->rank - 2] : 0, out = transposed ? w->rows : w->cols;
-    if (x->rank < 1 || w->rank < 2 || w->count != in * out || x->cols != in || (bias && bias->count != out))
-        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "linear: x %s by weight %s%s%s: %lld and %lld differ", MILI_SHAPE(x), MILI_SHAPE(w),
-                             bias ? " and bias " : "", bias ? MILI_SHAPE(bias) : "", (long long)(x->rank ? x->cols : 0), (long long)in);
+    if (x->rank < 1 || w->rank < 2 || w->count != in * out || x->cols != in)
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "linear: x %s by weight %s: %lld and %lld differ", MILI_SHAPE(x), MILI_SHAPE(w),
+                             (long long)(x->rank ? x->cols : 0), (long long)in);
+    if (bias && bias->count != out) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "linear: weight %s and bias %s do not fit", MILI_SHAPE(w), MILI_SHAPE(bias));
     mil_spec s = mil_spec_make(&mili_op_linear, MIL_KIND_ROWS, x->rank, x->shape);
     s.shape[x->rank - 1] = out;
     s.input_count = bias ? 3 : 2;
@@ -6111,7 +6185,7 @@ MILI_FN void mili_matmul_tn_grad(mil_node *n, mil_node *dc)
 }
 #endif
 static const mil_op mili_op_matmul_tn = { "matmul_tn", mili_matmul_tn_run, mili_matmul_tn_state, mili_matmul_tn_begin, mili_matmul_tn_step, mili_matmul_tn_merge,
-                                          mili_matmul_tn_finish, mili_gemm_scratch_bytes, NULL, NULL, MILI_GRAD(mili_matmul_tn_grad), 0 };
+                                          mili_matmul_tn_finish, mili_gemm_scratch_bytes, NULL, NULL, MILI_GRAD(mili_matmul_tn_grad), MIL_OP_WAVES };
 
 // a and b have the same leading axes and the same number of rows.
 MILI_FN mil_node *mili_matmul_tn(mil_node *a, mil_node *b)
@@ -6204,6 +6278,7 @@ static const mil_op mili_op_matmul = { "matmul", mili_matmul_run, NULL, NULL, NU
 
 MIL_DEF mil_node *mil_matmul_t(mil_node *a, mil_node *b, int transpose_a, int transpose_b)
 {
+    if (!mili_have(a, b, "matmul")) return NULL;
     a = mili_real(a);
     b = mili_real(b);
     if (!a || !b) return NULL;
@@ -6348,6 +6423,7 @@ static const mil_op mili_op_softmax_pool = MILI_REDUCE_OP("softmax_pool", mili_p
 
 MIL_DEF mil_node *mil_softmax_pool(mil_node *scores, mil_node *values)
 {
+    if (!mili_have(scores, values, "softmax_pool")) return NULL;
     scores = mili_real(scores);
     values = mili_real(values);
     if (!scores || !values) return NULL;
@@ -6445,6 +6521,7 @@ MIL_DEF mil_node *mil_layer_norm(mil_node *x, mil_node *weight, mil_node *bias, 
     x = mili_real(x);
     if (!x) return NULL;
     const int affine = weight || bias;
+    if (affine && !mili_have(weight, bias, "layer_norm")) return NULL;
     if (affine) { weight = mili_real(weight); bias = mili_real(bias); }
     if (affine && (!weight || !bias)) return NULL;
     if (x->rank < 1 || x->cols < 1 || (affine && (weight->count != x->cols || bias->count != x->cols)))
@@ -6511,7 +6588,8 @@ static const mil_op mili_op_scatter_add = MILI_WHOLE_OP("scatter_add", mili_scat
 
 MIL_DEF mil_node *mil_gather(mil_node *x, mil_node *index, int axis)
 {
-    if (x && x->dtype != MIL_I64) x = mili_real(x);
+    if (!mili_have(x, index, "gather")) return NULL;
+    x = mili_either(x);
     index = mili_index(index);
     if (!x || !index) return NULL;
     const int a = mili_axis(x, axis, "gather");
@@ -6530,6 +6608,7 @@ MIL_DEF mil_node *mil_gather(mil_node *x, mil_node *index, int axis)
 
 MIL_DEF mil_node *mil_scatter_add(mil_node *x, mil_node *index, int axis, int64_t length)
 {
+    if (!mili_have(x, index, "scatter_add")) return NULL;
     x = mili_real(x);
     index = mili_index(index);
     if (!x || !index) return NULL;
@@ -7800,6 +7879,44 @@ MIL_DEF mil_node *mil_drop_path(mil_node *x, double rate, const char *draw)
     int64_t shape[MIL_MAX_RANK];
     for (int a = 0; a < x->rank; a++) shape[a] = a ? 1 : x->shape[0];
     return mil_mul(x, mil_dropout(mil_constant(x->tape, x->rank, shape, 1), rate, draw));
+}
+
+// ---- the list of all ops ----
+// An op that is not one of the lists above (unary, binary, reductions) has its row here.
+#define MILI_OPS(X) X(convert) X(constant) X(reshape) X(detach) X(permute) X(concat) X(slice) X(pad) X(softmax) X(linear) X(matmul_tn) \
+    X(matmul) X(softmax_pool) X(layer_norm) X(gather) X(scatter_add) X(one_hot) X(random) X(permutation) X(attention)                 \
+    X(attention_weights) X(run_mean) X(identity_minus) X(conv) X(topk) X(argsort) X(knn) X(gather_rows) X(svm)
+#ifndef MIL_NO_TRAINING
+#define MILI_GRAD_OPS(X) X(unary_grad) X(select_grad) X(place) X(softmax_grad) X(layer_norm_grad) X(attention_dq) X(attention_dkv) \
+    X(run_mean_grad) X(conv_dw) X(scatter_rows) X(svm_grad)
+#else
+#define MILI_GRAD_OPS(X)
+#endif
+
+#define MILI_OP_POINTER(name) &mili_op_##name,
+static const mil_op *const mili_single_ops[] = { MILI_OPS(MILI_OP_POINTER) MILI_GRAD_OPS(MILI_OP_POINTER) };
+#undef MILI_OP_POINTER
+
+MIL_DEF int64_t mil_op_count(void)
+{
+    return MILI_COUNT(mili_single_ops) + MILI_COUNT(mili_unary_ops) + MILI_COUNT(mili_binary_ops) + MILI_COUNT(mili_reduction_ops);
+}
+
+MIL_DEF const mil_op *mil_op_at(int64_t i)
+{
+    if (i < 0 || i >= mil_op_count()) return NULL;
+    if (i < MILI_COUNT(mili_single_ops)) return mili_single_ops[i];
+    i -= MILI_COUNT(mili_single_ops);
+    if (i < MILI_COUNT(mili_unary_ops)) return &mili_unary_ops[i];
+    i -= MILI_COUNT(mili_unary_ops);
+    return i < MILI_COUNT(mili_binary_ops) ? &mili_binary_ops[i] : &mili_reduction_ops[i - MILI_COUNT(mili_binary_ops)];
+}
+
+MIL_DEF const mil_op *mil_op_find(const char *name)
+{
+    for (int64_t i = 0; name && i < mil_op_count(); i++)
+        if (strcmp(mil_op_at(i)->name, name) == 0) return mil_op_at(i);
+    return NULL;
 }
 
 // ==== >>layer-code: layers ========================================================================================
