@@ -789,7 +789,7 @@ MIL_API mil_node *mil_bce_with_logits(mil_node *logits, mil_node *targets, doubl
     X(REAL,   warmup_lr,       "0.000001", "0..",  "where the warm-up starts")                                                  \
     X(BOOL,   warmup_shift,    "true",     NULL,   "the schedule starts when the warm-up ends; false: it runs beneath it, from t = 0") \
     X(REAL,   ema,             "0",        "0..1", "decay of the averaged weights; 0: none are kept")                           \
-    X(BOOL,   ema_warmup,      "false",    NULL,   "decay min(ema, 1 - (1 + q / ema_gamma)^-ema_power), q = max(0, updates - ema_after - 1)") \
+    X(BOOL,   ema_warmup,      "false",    NULL,   "decay min(ema, 1 - (1 + q / ema_gamma)^-ema_power), q = max(0, updates before this one - ema_after - 1)") \
     X(INT,    ema_after,       "0",        "0..",  "updates before the average starts to lag; only with ema_warmup")            \
     X(REAL,   ema_gamma,       "1",        "0..",  "of ema_warmup")                                                             \
     X(REAL,   ema_power,       "0.6666666666666666", "0..", "of ema_warmup")                                                    \
@@ -12318,7 +12318,7 @@ MILI_FN double mili_schedule(const mili_train_config *c, int64_t updates)
     return c->lr;
 }
 
-// The EMA's decay at update number `updates`, from 1.
+// The EMA's decay at update number `updates`, from 0.
 MILI_FN double mili_ema_decay(const mili_train_config *c, int64_t updates)
 {
     if (!c->ema_warmup) return c->ema;
@@ -12577,7 +12577,7 @@ MILI_FN mil_status mili_run_update(mil_trainer *t)
     const double lr = mil_trainer_lr(t);
     mil_real norm = 0;
     t->scale = (mil_real)(t->config.reduction == MILI_MEAN ? 1 / (double)t->accumulated : 1);
-    t->ema_rate = (mil_real)(1 - mili_ema_decay(&t->config, t->updates + 1));
+    t->ema_rate = (mil_real)(1 - mili_ema_decay(&t->config, t->updates));
     for (int64_t i = 0; i < t->slots; i++) if (t->slot[i].active) mili_scalars(t, &t->slot[i], lr);
     mil_status status = mili_run_steps(t->update, t->plan);
     if (status == MIL_OK) status = mil_node_read(t->norm, &norm, 1);

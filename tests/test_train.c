@@ -320,7 +320,7 @@ TEST(the_average_with_warmup_follows_its_decay)
     static const double decay[5] = { 0, 0, 0, 0.37003947505256341, 0.5 };
     rig r;
     double ema[N + COLS], values[N + COLS];
-    probe_open(&r, "optimizer=sgd lr=0.1 ema=0.5 ema_warmup=true ema_after=2");
+    probe_open(&r, "optimizer=sgd lr=0.1 ema=0.5 ema_warmup=true ema_after=1");
     probe_values(&r, ema);
     for (int t = 0; t < 5; t++) {
         CHECK(probe_step(&r, t, 0) == MIL_OK);
@@ -576,6 +576,37 @@ TEST(thread_counts_give_the_same_bits)
     }
 }
 
+// ---- a backend whose memory the host cannot touch: its addresses have the top bit flipped. It runs nothing itself. ----
+static void *flip(const void *p) { return (void *)((uintptr_t)p ^ (uintptr_t)1 << (8 * sizeof p - 1)); }
+
+static mil_status far_open(void **self, mil_context *ctx) { *self = NULL; (void)ctx; return MIL_OK; }
+static void far_close(void *self, mil_context *ctx) { (void)self; (void)ctx; }
+static void *far_allocate(void *self, mil_context *ctx, size_t bytes)
+{
+    char *block = (char *)malloc(bytes + 128), *at = block + 64 - (uintptr_t)block % 64;       // the distance stands before it
+    (void)self, (void)ctx;
+    at[-1] = (char)(at - block);
+    return flip(at);
+}
+static void far_release(void *self, mil_context *ctx, void *memory, size_t bytes)
+{
+    char *at = (char *)flip(memory);
+    (void)self, (void)ctx, (void)bytes;
+    free(at - at[-1]);
+}
+static mil_status far_upload(void *self, void *dst, const void *src, size_t bytes) { (void)self; memcpy(flip(dst), src, bytes); return MIL_OK; }
+static mil_status far_download(void *self, void *dst, const void *src, size_t bytes) { (void)self; memcpy(dst, flip(src), bytes); return MIL_OK; }
+static int far_supports(void *self, const mil_node *node) { (void)self, (void)node; return 0; }
+static mil_status far_run(void *self, mil_context *ctx, mil_node *const *nodes, int64_t count)
+{
+    (void)self, (void)ctx, (void)nodes, (void)count;
+    return MIL_ERROR_BACKEND;
+}
+static mil_status far_synchronize(void *self) { (void)self; return MIL_OK; }
+static const mil_backend far_backend = {
+    "far", far_open, far_close, far_allocate, far_release, far_upload, far_download, far_supports, far_run, far_synchronize, 0
+};
+
 static char *state_of(rig *r, size_t *size)
 {
     *size = 0;
@@ -630,6 +661,44 @@ TEST(a_restored_trainer_goes_on_with_the_same_bits)
             rig_close(&a);
             rig_close(&b);
         }
+}
+
+TEST(a_backend_with_memory_of_its_own_trains_alike)
+{
+    rig here, there;
+    double x, y;
+    size_t size;
+    fill_bags(features, 10);
+    memset(&there, 0, sizeof there);
+    mil_context_options o = mil_context_options_default();
+    o.threads = 1;
+    o.backend = &far_backend;
+    CHECK(rig_open(&here, "abmil", SMALL_ABMIL, EVERYTHING, 1, 0));
+    CHECK(mil_context_create(&there.ctx, &o) == MIL_OK);
+    there.model = mil_create(there.ctx, "abmil", SMALL_ABMIL);
+    there.trainer = mil_trainer_create(there.model, EVERYTHING);
+    if (!CHECK(there.trainer != NULL)) puts(mil_error(there.ctx));
+    for (int t = 0; t < 9; t++) {
+        CHECK(abmil_step(&here, features, t, &x, NULL) == MIL_OK);
+        if (!CHECK(abmil_step(&there, features, t, &y, NULL) == MIL_OK)) puts(mil_error(there.ctx));
+        CHECK_NEAR(y, x, CLOSE);
+        if (t == 4) {                                      // its state travels
+            char *bytes = state_of(&there, &size);
+            CHECK(mil_trainer_restore(here.trainer, bytes, size) == MIL_OK);
+            CHECK(mil_trainer_restore(there.trainer, bytes, size) == MIL_OK);
+            free(bytes);
+        }
+    }
+    for (int k = 0; k < 2; k++) {
+        const int64_t n = weights_of(&here, weights[0], ROOM);
+        weights_of(&there, weights[1], ROOM);
+        for (int64_t i = 0; i < n; i++) CHECK_NEAR(weights[1][i], weights[0][i], 100 * CLOSE);   // Adam divides small by small
+        CHECK(mil_trainer_swap_ema(here.trainer) == MIL_OK);
+        CHECK(mil_trainer_swap_ema(there.trainer) == MIL_OK);
+    }
+    CHECK(mil_context_fallbacks(there.ctx) > 0);
+    rig_close(&here);
+    rig_close(&there);
 }
 
 TEST(a_state_that_does_not_fit_is_refused_and_changes_nothing)
@@ -880,7 +949,7 @@ TESTS(T(optimizers_equal_torch_after_twelve_steps) T(optimizers_equal_a_plain_lo
       T(a_parameter_without_a_gradient_is_left_alone_and_counts_its_own_updates) T(a_frozen_parameter_stays_and_thaws)
       T(buffers_are_updated_by_each_forward_pass) T(draws_can_be_supplied_for_a_step) T(a_small_model_learns)
       T(accumulated_bags_equal_one_batch) T(thread_counts_give_the_same_bits) T(a_restored_trainer_goes_on_with_the_same_bits)
-      T(a_state_that_does_not_fit_is_refused_and_changes_nothing) T(swapping_the_average_twice_gives_the_weights_back)
+      T(a_backend_with_memory_of_its_own_trains_alike) T(a_state_that_does_not_fit_is_refused_and_changes_nothing) T(swapping_the_average_twice_gives_the_weights_back)
       T(a_loss_that_is_not_finite_updates_nothing) T(a_gradient_that_is_not_finite_is_dropped)
       T(bad_options_are_refused_with_a_sentence) T(the_option_table_is_complete) T(a_wrong_bag_leaves_the_trainer_usable)
       T(a_step_allocates_nothing_once_it_has_seen_the_bag) T(each_allocation_may_fail_and_the_step_be_tried_again))
