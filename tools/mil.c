@@ -15,6 +15,7 @@
 #include "data.h"
 #include "picture.h"
 #include "replay.h"
+#include "apply.h"
 
 // ---- models ------------------------------------------------------------------------------------------------------
 static const char *option_type_name(mil_option_type type)
@@ -190,7 +191,8 @@ static int run_check(mil_context *ctx, const arguments *a)
 }
 
 // ---- the table of commands ---------------------------------------------------------------------------------------
-#define THREADS { "threads", "N", "0", "threads to use, 0: one per processor; results do not depend on it" }
+#define THREADS \
+    { "threads", "N", "0", "threads to use, 0: one per processor; results do not depend on it" }
 
 static const option models_options[] = { THREADS, { NULL, NULL, NULL, NULL } };
 static const option info_options[] = {
@@ -200,12 +202,95 @@ static const option check_options[] = {
     { "tolerance", "X", NULL, "relative tolerance for every tensor, instead of 1e-4, and 1e-3 for gradients" },
     { "quiet", NULL, NULL, "only what failed or was skipped" }, THREADS, { NULL, NULL, NULL, NULL } };
 
+#define DATA_OPTIONS \
+    { "features", "NAME", NULL, "tensor to take in .safetensors files; else `features`, `feats`, `embeddings` or `x`" }, \
+    { "labels", "FILE", NULL, "table of labels, instead of DATA/labels.csv" }, \
+    { "bag-column", "NAME", NULL, "its column of file names; else bag, slide_id, slide, ..." }, \
+    { "label-column", "NAME", NULL, "its column of labels; else label, class, target" }, \
+    { "split-column", "NAME", NULL, "its column of train, val, test; else split" }, \
+    { "group-column", "NAME", NULL, "its column of patients, whose slides stay together; else patient, case_id, group" }
+#define WEIGHT_OPTIONS \
+    { "weights", "FILE", NULL, "weights, as `mil train` or the model's reference code wrote them" }, \
+    { "model", "NAME", NULL, "the model they belong to; not needed for weights of `mil train`" }, \
+    { "set", "K=V", NULL, "an option of that model; may be repeated" }, \
+    { "features", "NAME", NULL, "tensor to take in .safetensors files" }
+
+static const option train_options[] = {
+    { "data", "DIR", NULL, "the bags (see below)" },
+    { "model", "NAME", NULL, "a model of `mil models`" },
+    { "out", "RUN", NULL, "folder of the run; a run that was stopped there goes on" },
+    { "set", "K=V", NULL, "an option of the model; may be repeated" },
+    { "folds", "K", NULL, "cross-validates: K stratified folds, patients kept together; or `data` for the data's own" },
+    { "repeat", "R", "0", "which of the data's folds, when it has several" },
+    { "val", "SHARE", "0.2", "share of the training bags that chooses the epoch; 0: the last epoch is taken" },
+    { "test", "SHARE", "0", "share held out for testing, without folds or a split of the data" },
+    { "epochs", "N", "30", "passes over the training bags" },
+    { "patience", "N", "10", "stops after N epochs without a better one; 0: never" },
+    { "monitor", "METRIC", "loss", "what is better: loss, auroc, balanced_accuracy, ..., of the validation bags" },
+    { "optimizer", "NAME", "adamw", "sgd, adam, adamw, radam" },
+    { "lr", "X", "1e-4", "learning rate" },
+    { "weight-decay", "X", "1e-5", "weight decay" },
+    { "schedule", "NAME", "cosine", "constant, step, cosine" },
+    { "optim", "K=V", NULL, "another option of the optimizer (accumulate, warmup, clip, ema, ...); may be repeated" },
+    { "sampling", "HOW", "shuffle", "shuffle, or balanced: every class is drawn as often" },
+    { "standardize", NULL, NULL, "features to mean 0 and deviation 1, as on the training bags" },
+    { "label-smoothing", "X", "0", "share of the target given to the other classes" },
+    { "seed", "N", "0", "of initial weights, dropout, shuffling and splits" },
+    { "bootstrap", "N", "1000", "resamples for the intervals" },
+    { "resume", NULL, NULL, "the run must be there already" },
+    { "overwrite", NULL, NULL, "a run that is there is removed first" },
+    { "quiet", NULL, NULL, "no lines per epoch" },
+    DATA_OPTIONS, THREADS, { NULL, NULL, NULL, NULL } };
+static const option eval_options[] = {
+    { "data", "DIR", NULL, "the bags, as for train" },
+    { "run", "RUN", NULL, "folder of a finished run" },
+    { "split", "PART", "test", "test (and bags that the run never saw), val, train, new, all" },
+    { "json", "FILE", NULL, "the metrics as JSON too" },
+    { "predictions", "FILE", NULL, "logits per bag as CSV too" },
+    { "bootstrap", "N", "1000", "resamples for the intervals" },
+    { "seed", "N", "0", "of the bootstrap" },
+    DATA_OPTIONS, THREADS, { NULL, NULL, NULL, NULL } };
+static const option score_options[] = {
+    WEIGHT_OPTIONS,
+    { "format", "HOW", "csv", "csv, or jsonl: a JSON object per line" },
+    { "out", "FILE", NULL, "where to; else the terminal" },
+    { "calibrated", NULL, NULL, "probabilities at the temperature fitted on validation bags" },
+    { "attention", "DIR", NULL, "also a table per bag there: attention score, weight, rank and contribution of each instance" },
+    THREADS, { NULL, NULL, NULL, NULL } };
+static const option heatmap_options[] = {
+    WEIGHT_OPTIONS,
+    { "out", "PNG|DIR", NULL, "the picture; or a folder, with a picture per bag" },
+    { "map", "WHAT", NULL, "contribution, margin, rank, weight or score; else contribution, or rank where a model has none" },
+    { "class", "NAME", NULL, "whose contributions; else the second of two, or the predicted one" },
+    { "head", "K", "0", "which attention, for models with several" },
+    { "patch-size", "PX", NULL, "edge of a patch at level 0, when the file does not say" },
+    { "step", "PX", NULL, "distance of patches at level 0, instead of what the coordinates say" },
+    { "zoom", "N", "0", "pixels per step; 0: so that the longer side has about 600" },
+    { "geojson", NULL, NULL, "a .geojson of tiles beside the picture, for QuPath" },
+    { "offset", "X,Y", NULL, "subtracted from the GeoJSON's coordinates (OpenSlide's bounds-x, bounds-y)" },
+    THREADS, { NULL, NULL, NULL, NULL } };
+
+#define DATA_HELP "DIR holds labels.csv with a column `bag` (a file name, with or without its ending) and a column `label` (any words), and perhaps " \
+    "`split` (train, val, test), `fold` (0, 1, ...) and `patient`; the bags are .safetensors files (`features` [N, D], perhaps `coords` [N, 2]) or .npy " \
+    "files in DIR or DIR/features. Or it is a packed set: features.npy, bag.npy, labels.npy, perhaps folds.npy and instance_labels.npy."
+
 static const command commands[] = {
     { "models", "[NAME]", "Lists the models; for one, its options with their values, parameter count and source.", NULL, models_options, run_models },
     { "info", "FILE...", "Says what a safetensors or NPY file holds.", NULL, info_options, run_info },
     { "check", "CASE...", "Replays experiments that were run on the models' reference code, and compares every number. A folder stands for all cases in it.",
       "One line per case: `ok NAME err=... (TENSOR)`, `FAIL NAME ...` or `skip NAME: reason`. The exit status is 0 only when none failed or was skipped.",
       check_options, run_check },
+    { "train", "--data DIR --model NAME --out RUN [options]", "Trains a model, with validation and early stopping, or cross-validates it; killed at any moment, the same command goes on with the same bits.",
+      DATA_HELP "\n\nRUN gets config.json, splits.csv, log.csv, best.safetensors, last.safetensors, state.safetensors, predictions.csv and metrics.json; "
+      "with folds, weights and log lie in RUN/fold_K.", train_options, run_train },
+    { "eval", "--data DIR --run RUN [options]", "Measures a run on data: metrics with bootstrap intervals, calibration, confusion matrix.",
+      "Bags that the run tested are scored by the model that did not see them; bags that it never saw by the mean logits of all folds.", eval_options, run_eval },
+    { "score", "--weights FILE [options] FILE...", "Scores bags with a trained model: logits, probabilities and class per bag. A folder stands for all bags in it.",
+      "attention score: before the softmax. weight: after it, sums to 1 over a bag. rank: 0 the lowest, 1 the highest score. contribution: the exact summand of "
+      "the instance in the class's logit, for models with a linear head on pooled instances.", score_options, run_score },
+    { "heatmap", "--weights FILE --out PNG|DIR [options] FILE...", "Draws what a model sees in each patch, as PNG with a JSON beside it that says where the picture lies at level 0.",
+      "contribution: the exact summand of the patch in the class's logit, red for, blue against. margin: that less the mean of the other classes'. "
+      "rank, weight, score: the attention. Attention says where the model looked, not what it made of it; contribution says both.", heatmap_options, run_heatmap },
     { NULL, NULL, NULL, NULL, NULL, NULL }
 };
 
