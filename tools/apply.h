@@ -256,7 +256,6 @@ TOOL_FN int run_eval(mil_context *ctx, const arguments *a)
     memset(&d, 0, sizeof d);
     double *sum = NULL;
     int64_t *sums = NULL, C = 0, left_out = 0, empty = 0;
-    char **split_name = NULL;
     for (int64_t k = 0; k < (folds ? folds : 1); k++) {
         char *leaf = folds ? tool_format("fold_%lld/best.safetensors", (long long)k) : tool_string("best.safetensors"), *fold = tool_format("%lld", (long long)k);
         char *weights = path_join(run, leaf);
@@ -269,7 +268,6 @@ TOOL_FN int run_eval(mil_context *ctx, const arguments *a)
             C = all.logits = mil_model_num_classes(model);
             sum = TOOL_NEW(double, d.count * C);
             sums = TOOL_NEW(int64_t, d.count);
-            split_name = TOOL_NEW(char *, d.count);
         }
         if (d.dim != mil_model_in_dim(model)) tool_fail("%s: features have width %lld, the model takes %lld", data_path, (long long)d.dim, (long long)mil_model_in_dim(model));
         double *logits = TOOL_NEW(double, C);
@@ -318,7 +316,6 @@ TOOL_FN int run_eval(mil_context *ctx, const arguments *a)
     text_free(&out);
     free(sum);
     free(sums);
-    free(split_name);
     free(classes);
     predictions_free(&all);
     json_free(config);

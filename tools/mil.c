@@ -14,7 +14,7 @@
 #include "table.h"
 #include "data.h"
 #include "picture.h"
-#include "replay.h"
+#include "parity.h"
 #include "apply.h"
 
 // ---- models ------------------------------------------------------------------------------------------------------

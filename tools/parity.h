@@ -1,7 +1,7 @@
 // `mil check`: replays an experiment that was run on a reference implementation and compares every number.
 // A case is a safetensors file: weight.K, in.K, in.rand.K (draws), out.K, grad.K, after.K, and metadata that says how.
-#ifndef TOOL_REPLAY_H
-#define TOOL_REPLAY_H
+#ifndef TOOL_PARITY_H
+#define TOOL_PARITY_H
 #include "data.h"
 
 typedef struct replay {
