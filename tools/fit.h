@@ -85,16 +85,16 @@ TOOL_FN void model_describe(mil_model *model, char *const *classes, int64_t clas
         text_json(&t, classes[c]);
     }
     text_put(&t, "]", 1);
-    tool_check(ctx, mil_model_set_metadata(model, "mil.classes", t.data));
+    tool_check(ctx, mil_model_set_metadata(model, "tool.classes", t.data));
     if (mil_model_num_classes(model) == class_count) tool_check(ctx, mil_model_set_class_names(model, (const char *const *)classes, class_count));
     if (s && s->mean) {
         text_free(&t);
         for (int64_t d = 0; d < s->dim; d++) text_add(&t, "%s%.9g,%.9g", d ? "," : "", (double)s->mean[d], (double)s->factor[d]);
-        tool_check(ctx, mil_model_set_metadata(model, "mil.standardize", t.data));
+        tool_check(ctx, mil_model_set_metadata(model, "tool.standardize", t.data));
     }
     text_free(&t);
     text_add(&t, "%.17g", temperature);
-    tool_check(ctx, mil_model_set_metadata(model, "mil.temperature", t.data));
+    tool_check(ctx, mil_model_set_metadata(model, "tool.temperature", t.data));
     text_free(&t);
 }
 
@@ -105,8 +105,8 @@ TOOL_FN described model_described(const mil_model *model, const char *path)
 {
     described d;
     const int64_t C = mil_model_num_classes(model), D = mil_model_in_dim(model);
-    const char *classes = mil_model_metadata(model, "mil.classes"), *scale = mil_model_metadata(model, "mil.standardize");
-    const char *temperature = mil_model_metadata(model, "mil.temperature"), *fault = NULL;
+    const char *classes = mil_model_metadata(model, "tool.classes"), *scale = mil_model_metadata(model, "tool.standardize");
+    const char *temperature = mil_model_metadata(model, "tool.temperature"), *fault = NULL;
     json *list = classes ? json_parse(classes, strlen(classes), &fault) : NULL;
     memset(&d, 0, sizeof d);
     d.class_count = C == 1 ? 2 : C;
@@ -126,13 +126,13 @@ TOOL_FN described model_described(const mil_model *model, const char *path)
         for (int64_t k = 0; k < 2 * D; k++) {
             char *end;
             const double x = strtod(p, &end);
-            if (end == p || (*end != ',' && *end)) tool_fail("%s: metadata mil.standardize: number %lld of %lld is missing", path, (long long)k + 1, (long long)(2 * D));
+            if (end == p || (*end != ',' && *end)) tool_fail("%s: metadata tool.standardize: number %lld of %lld is missing", path, (long long)k + 1, (long long)(2 * D));
             (k % 2 ? d.scale.factor : d.scale.mean)[k / 2] = (float)x;
             p = *end ? end + 1 : end;
         }
     }
     d.temperature = 1;
-    if (temperature && (!parse_real(temperature, &d.temperature) || d.temperature <= 0)) tool_fail("%s: metadata mil.temperature is '%s'", path, temperature);
+    if (temperature && (!parse_real(temperature, &d.temperature) || d.temperature <= 0)) tool_fail("%s: metadata tool.temperature is '%s'", path, temperature);
     return d;
 }
 
@@ -361,6 +361,8 @@ TOOL_FN void fit_run(fit *f, progress *p)
             f->best_value = isnan(value) ? -INFINITY : value;
             f->temperature = 1;
             if (f->val_count) tool_check(f->ctx, mil_temperature_fit(f->ctx, logits, labels, f->val_count, f->logits, &f->temperature, NULL));
+            if (!(f->temperature >= 0.25)) f->temperature = 0.25;      // few bags, all of them right, would have it go to 0
+            if (f->temperature > 4) f->temperature = 4;
         }
         text_add(&f->log, "%lld,%.6g,%.6g", (long long)f->epoch, rate, sum / (double)f->train_count);
         const double columns[] = { val_loss, metrics.accuracy, metrics.balanced_accuracy, metrics.auroc };

@@ -16,6 +16,7 @@
 #include "picture.h"
 #include "parity.h"
 #include "apply.h"
+#include "demo.h"
 
 // ---- models ------------------------------------------------------------------------------------------------------
 static const char *option_type_name(mil_option_type type)
@@ -270,6 +271,11 @@ static const option heatmap_options[] = {
     { "offset", "X,Y", NULL, "subtracted from the GeoJSON's coordinates (OpenSlide's bounds-x, bounds-y)" },
     THREADS, { NULL, NULL, NULL, NULL } };
 
+static const option demo_options[] = {
+    { "slides", "N", "80", "how many" },
+    { "seed", "N", "0", "of the cohort and of the training" }, THREADS, { NULL, NULL, NULL, NULL } };
+static int run_demo(mil_context *ctx, const arguments *a);
+
 #define DATA_HELP "DIR holds labels.csv with a column `bag` (a file name, with or without its ending) and a column `label` (any words), and perhaps " \
     "`split` (train, val, test), `fold` (0, 1, ...) and `patient`; the bags are .safetensors files (`features` [N, D], perhaps `coords` [N, 2]) or .npy " \
     "files in DIR or DIR/features. Or it is a packed set: features.npy, bag.npy, labels.npy, perhaps folds.npy and instance_labels.npy."
@@ -291,8 +297,11 @@ static const command commands[] = {
     { "heatmap", "--weights FILE --out PNG|DIR [options] FILE...", "Draws what a model sees in each patch, as PNG with a JSON beside it that says where the picture lies at level 0.",
       "contribution: the exact summand of the patch in the class's logit, red for, blue against. margin: that less the mean of the other classes'. "
       "rank, weight, score: the attention. Attention says where the model looked, not what it made of it; contribution says both.", heatmap_options, run_heatmap },
+    { "demo", "[DIR]", "Makes a synthetic cohort of slides, cross-validates abmil on it, and draws heatmaps beside the true regions.", NULL, demo_options, run_demo },
     { NULL, NULL, NULL, NULL, NULL, NULL }
 };
+
+static int run_demo(mil_context *ctx, const arguments *a) { return demo(ctx, a, commands); }
 
 static void print_help(void)
 {

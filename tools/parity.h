@@ -66,7 +66,7 @@ TOOL_FN void replay_compare(replay *r, const char *name, const mil_tensor *refer
     if (ratio > r->worst || !r->worst_name[0]) {
         r->worst = ratio;
         snprintf(r->worst_name, sizeof r->worst_name, "%s", name);
-        snprintf(r->reason, sizeof r->reason, "err=%.2e (%s)", largest > 0 ? err / largest : err, name);
+        snprintf(r->reason, sizeof r->reason, "err=%.2e (%s)", largest > 1e-2 ? err / largest : err, name);
     }
     if (!(ratio <= 1)) r->fail = 1;
 }
