@@ -11765,17 +11765,15 @@ MILI_FN mil_node *mili_mask_features(mil_node *x, mil_node *mask)              /
     return mask ? mil_mask_fill(x, mili_mask_real(mask), 0) : x;
 }
 
-// Each bag's own rows: y[b,k] = x[b, index[b,k]].  x [B, N, E], index [B, .., K] -> [B, K, E]
+// Each bag's own rows: y[b,k] = x[b, index[b,k]].  x [B, N, E], index [B, 1, K] -> [B, K, E]
 MILI_FN mil_node *mili_gather_bags(mil_node *x, mil_node *index)
 {
-    mil_node *y = NULL, *pair[2];
-    for (int64_t b = 0; x && index && b < x->shape[0]; b++) {
-        int64_t k = index->count / x->shape[0];
-        pair[1] = mil_gather(mil_slice(x, 0, b, 1), mil_reshape(mil_slice(index, 0, b, 1), 1, &k), 1);
-        pair[0] = y;
-        y = y ? mil_concat(pair, 2, 0) : pair[1];
-    }
-    return y;
+    if (!x || !index) return NULL;
+    int64_t shape[3];
+    shape[0] = x->shape[0];
+    shape[1] = -1;
+    shape[2] = 1;
+    return mil_gather_rows(x, mil_reshape(index, 3, shape));
 }
 
 // The summand of each instance in each logit, for pooling by weights and a linear head: p_n (W h_n), without the bias.
@@ -11795,6 +11793,38 @@ MILI_FN mil_node *mili_bag_loss(const mil_inputs *in, mil_node *logits)
 #else
     return in->target ? mil_loss_node(logits, in->target) : NULL;
 #endif
+}
+
+// The class that a target of one bag names.
+MILI_FN int64_t mili_target_label(const mil_target *target)
+{
+    if (target->loss == MIL_LOSS_CE) return target->labels ? target->labels[0] : target->label;
+    return (int64_t)(target->values ? target->values[0] : target->value);
+}
+
+// loss = w cls_loss + (1 - w) instance_loss, and both by name.
+MILI_FN void mili_two_losses(mil_outputs *out, mil_node *cls, mil_node *instance, double w)
+{
+    mil_output(out, "cls_loss", cls);
+    mil_output(out, "instance_loss", instance);
+    out->loss = mil_add(mil_affine(cls, w, 0), mil_affine(instance, 1 - w, 0));
+}
+
+// Room for `count` elements that lives as long as the recording, zeroed. NULL with an error on the tape.
+MILI_FN void *mili_tape_array(mil_tape *tape, int64_t count, size_t size)
+{
+    void *p = NULL;
+    if (count < 0 || (uint64_t)count > SIZE_MAX / 2 / size) mili_fail(tape->ctx, MIL_ERROR_NO_MEMORY, "no memory for %lld elements", (long long)count);
+    else p = mili_arena_alloc(tape->ctx, &tape->arena, (size_t)count * size);
+    return p ? p : (void *)mili_tape_fail_ctx(tape);
+}
+
+// Room for `count` layers that lives as long as the model.
+MILI_FN void *mili_declare_array(mil_builder *b, int64_t count, size_t size)
+{
+    void *p = mili_arena_alloc(b->model->ctx, &b->model->arena, (size_t)MILI_MAX(count, 1) * size);
+    if (!p) b->status = b->model->ctx->status;
+    return p;
 }
 
 // ---- abmil: attention-based pooling (Ilse, Tomczak, Welling, ICML 2018), as MIL-Lab has it -----------------------------
@@ -11988,6 +12018,398 @@ MILI_FN void mili_dsmil_forward(const void *model, const void *config, const mil
     out->loss = mili_bag_loss(in, out->logits);
 }
 
+// ---- wikg: a learned graph of patches (Li, Chen, Chu, Sun, Guan, Han, He, CVPR 2024), as MIL-Lab has it ----------------
+//   h = relu(W x + b), h <- (h + mean_n h) / 2       e = W_head h, t = W_tail h
+//   neighbours of i: the k largest <e_i, t_j>        p_ij = softmax_j(<e_i, t_j> / sqrt E)      g_ij = tanh(e_i + p_ij t_j)
+//   q_i = softmax_j <g_ij, t_j>                      n_i = sum_j q_ij t_j                       u_i = aggregate(e_i, n_i)
+//   z = LN(pool_i u_i)                               logits = C z + c
+// No N x N matrix is made: the k neighbours of each row are found by tiles. The report `attention` [B, N, N] holds p at the
+// neighbours and is built from them only when it is kept.
+typedef struct mili_wikg_config { int64_t in_dim, num_classes, embed_dim, topk; int agg_type, pool; double dropout; int act; } mili_wikg_config;
+enum { MILI_WIKG_GCN, MILI_WIKG_SAGE, MILI_WIKG_BI };                              // agg_type
+enum { MILI_WIKG_MEAN, MILI_WIKG_MAX, MILI_WIKG_ATTN };                            // pool
+
+#define MILI_WIKG_OPTIONS(X)                                                                                                       \
+    X(MIL_OPTION_INT,    in_dim,      "1024",           "1..1000000",              "width D of an instance")                       \
+    X(MIL_OPTION_INT,    num_classes, "2",              "1..1000000",              "classes C")                                    \
+    X(MIL_OPTION_INT,    embed_dim,   "512",            "2..1000000",              "width E of an embedded instance")              \
+    X(MIL_OPTION_INT,    topk,        "4",              "1..1000000",              "neighbours k of each patch, at most N")        \
+    X(MIL_OPTION_CHOICE, agg_type,    "bi-interaction", "gcn|sage|bi-interaction", "u = act(L(e+n)); act(L[e,n]); act(L1(e+n)) + act(L2(e*n))") \
+    X(MIL_OPTION_CHOICE, pool,        "attn",           "mean|max|attn",           "over patches")                                 \
+    X(MIL_OPTION_REAL,   dropout,     "0.25",           "0..1",                    "rate before pooling")                          \
+    X(MIL_OPTION_CHOICE, act,         "leaky_relu",     "leaky_relu|relu|tanh",    "activation of the aggregation")
+
+static const mil_option mili_wikg_options[] = {
+#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_wikg_config, type, member, value, choices, doc)
+    MILI_WIKG_OPTIONS(MILI_ROW)
+#undef MILI_ROW
+};
+static const mil_config mili_wikg_configs[] = { { "base", "" } };
+
+typedef struct mili_wikg { mil_linear_layer embed, head, tail, linear1, linear2, gate0, gate2, classifier; mil_norm_layer norm; } mili_wikg;
+
+MILI_FN void mili_wikg_declare(mil_builder *b, void *model, const void *config)
+{
+    mili_wikg *m = (mili_wikg *)model;
+    const mili_wikg_config *c = (const mili_wikg_config *)config;
+    const int64_t E = c->embed_dim, half = E / 2;
+    const int bi = c->agg_type == MILI_WIKG_BI;
+    m->embed = mil_declare_linear(b, c->in_dim, E, 1, MIL_LINEAR_KAIMING, "patch_embed.0");
+    m->head = mil_declare_linear(b, E, E, 1, MIL_LINEAR_KAIMING, "W_head");
+    m->tail = mil_declare_linear(b, E, E, 1, MIL_LINEAR_KAIMING, "W_tail");
+    mil_declare_linear(b, E, half, 1, MIL_LINEAR_KAIMING, "gate_U");                           // these three: in checkpoints, not in
+    mil_declare_linear(b, E, half, 1, MIL_LINEAR_KAIMING, "gate_V");                           // the equations
+    mil_declare_linear(b, half, E, 1, MIL_LINEAR_KAIMING, "gate_W");
+    m->linear1 = mil_declare_linear(b, c->agg_type == MILI_WIKG_SAGE ? 2 * E : E, E, 1, MIL_LINEAR_KAIMING, bi ? "linear1" : "linear");
+    if (bi) m->linear2 = mil_declare_linear(b, E, E, 1, MIL_LINEAR_KAIMING, "linear2");
+    if (c->pool == MILI_WIKG_ATTN) {
+        m->gate0 = mil_declare_linear(b, E, half, 1, MIL_LINEAR_KAIMING, "readout.gate_nn.0");
+        m->gate2 = mil_declare_linear(b, half, 1, 1, MIL_LINEAR_KAIMING, "readout.gate_nn.2");
+    }
+    m->norm = mil_declare_layer_norm(b, E, 1e-5, "norm");
+    m->classifier = mil_declare_linear(b, E, c->num_classes, 1, MIL_LINEAR_KAIMING, "classifier");
+}
+
+// Column j of x [B, N, k], as [B, N, 1].
+MILI_FN mil_node *mili_column(mil_node *x, int64_t j) { return mil_slice(x, -1, j, 1); }
+
+// softmax over j of scale <y_j, t_j>: [B, N, k].  y_j = e, or tanh(e + p_j t_j) when p [B, N, k] is given; t[j] [B, N, E]
+MILI_FN mil_node *mili_wikg_weights(mil_node *e, mil_node *const *t, mil_node *p, int64_t k, double scale, mil_node **score)
+{
+    for (int64_t j = 0; j < k; j++) {
+        mil_node *y = p ? mil_tanh(mil_add(e, mil_mul(t[j], mili_column(p, j)))) : e;
+        score[j] = mil_affine(mil_sum(mil_mul(y, t[j]), -1), scale, 0);
+    }
+    return mil_softmax(mil_concat(score, (int)k, -1), -1);
+}
+
+MILI_FN void mili_wikg_forward(const void *model, const void *config, const mil_inputs *in, mil_outputs *out)
+{
+    const mili_wikg *m = (const mili_wikg *)model;
+    const mili_wikg_config *c = (const mili_wikg_config *)config;
+    const int64_t k = c->topk, N = in->features->shape[1];
+    const mil_activation acts[3] = { MIL_ACT_LEAKY_RELU, MIL_ACT_RELU, MIL_ACT_TANH }, act = acts[c->act];
+    if (k > N) {
+        mil_tape_fail(in->tape, MIL_ERROR_ARGUMENT, "topk is %lld, the bag has %lld instances", (long long)k, (long long)N);
+        return;
+    }
+    mil_node **t = (mil_node **)mili_tape_array(in->tape, k, sizeof *t);                       // t[j]: of the j-th neighbours
+    mil_node **score = (mil_node **)mili_tape_array(in->tape, k, sizeof *score);
+    if (!t || !score) return;
+
+    mil_node *h = mil_relu(mil_linear_forward(&m->embed, in->features));                       // [B, N, E]
+    h = mil_affine(mil_add(h, mil_mean(h, 1)), 0.5, 0);
+    mil_node *e = mil_linear_forward(&m->head, h), *tail = mil_linear_forward(&m->tail, h);    // [B, N, E]
+    mil_node *near = mil_nearest(e, tail, k);                                                  // [B, N, k] indices
+    for (int64_t j = 0; j < k; j++) t[j] = mil_gather_rows(tail, mili_column(near, j));        // [B, N, E]
+    mil_node *p = mili_wikg_weights(e, t, NULL, k, 1 / sqrt((double)c->embed_dim), score);     // [B, N, k]
+    mil_node *q = mili_wikg_weights(e, t, p, k, 1, score);                                     // [B, N, k]
+    mil_node *n = mil_mul(t[0], mili_column(q, 0));                                            // [B, N, E]
+    for (int64_t j = 1; j < k; j++) n = mil_add(n, mil_mul(t[j], mili_column(q, j)));
+
+    mil_node *pair[2], *u;
+    pair[0] = e;
+    pair[1] = n;
+    u = mil_activate(mil_linear_forward(&m->linear1, c->agg_type == MILI_WIKG_SAGE ? mil_concat(pair, 2, -1) : mil_add(e, n)), act);
+    if (c->agg_type == MILI_WIKG_BI) u = mil_add(u, mil_activate(mil_linear_forward(&m->linear2, mil_mul(e, n)), act));
+    u = mil_dropout(u, c->dropout, "message");
+
+    mil_node *z;                                                                               // [B, 1, E]
+    if (c->pool == MILI_WIKG_ATTN) {
+        mil_node *a = mil_linear_forward(&m->gate2, mil_leaky_relu(mil_linear_forward(&m->gate0, u), 0.01));
+        z = mil_softmax_pool(a, u);
+        out->attention_scores = a;                                                             // [B, N, 1]
+        out->attention_weights = mil_softmax(a, 1);
+    } else z = c->pool == MILI_WIKG_MEAN ? mil_mean(u, 1) : mil_max(u, 1);
+    out->slide_feats = mil_layer_norm_forward(&m->norm, mil_squeeze(z, 1));                    // [B, E]
+    out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, C]
+    out->loss = mili_bag_loss(in, out->logits);
+
+    p = mil_detach(p);
+    for (int64_t j = 0; j < k; j++) {                                                          // [B, N, N], k entries a row
+        mil_node *hot = mil_mul(mil_one_hot(mil_squeeze(mili_column(near, j), 2), N), mili_column(p, j));
+        out->attention = j ? mil_add(out->attention, hot) : hot;
+    }
+}
+
+// ---- clam: attention pooling with an instance loss (Lu et al., Nature Biomedical Engineering 2021), as MIL-Lab has it ---
+//   h_n = embed(x_n)      a_n = scorer(h_n)      z = sum_n softmax(a)_n h_n      logits = C z + c
+//   The k instances of most attention should look like the bag's class y to instance classifier y, the k of least should not;
+//   with subtyping, the k of most attention should not look like the other classes to theirs:
+//   instance_loss = l_y, or sum_c l_c / C      loss = w cls_loss + (1 - w) instance_loss
+typedef struct mili_clam_config {
+    int64_t in_dim, num_classes, embed_dim, n_fc_layers;
+    double  dropout;
+    int     gate;
+    int64_t attention_dim, k_sample;
+    int     subtyping, instance_loss_fn;
+    double  bag_weight;
+} mili_clam_config;
+enum { MILI_CLAM_SVM, MILI_CLAM_CE };                                              // instance_loss_fn
+
+#define MILI_CLAM_OPTIONS(X)                                                                                               \
+    X(MIL_OPTION_INT,    in_dim,           "1024",  "1..1000000", "width D of an instance")                                \
+    X(MIL_OPTION_INT,    num_classes,      "2",     "1..1000000", "classes C")                                             \
+    X(MIL_OPTION_INT,    embed_dim,        "512",   "1..1000000", "width E of an embedded instance")                       \
+    X(MIL_OPTION_INT,    n_fc_layers,      "1",     "1..16",      "layers of the patch MLP")                               \
+    X(MIL_OPTION_REAL,   dropout,          "0.25",  "0..1",       "rate between the MLP's layers and in the scorer")       \
+    X(MIL_OPTION_BOOL,   gate,             "true",  NULL,         "gated attention or plain")                              \
+    X(MIL_OPTION_INT,    attention_dim,    "384",   "1..1000000", "width A inside the attention scorer")                   \
+    X(MIL_OPTION_INT,    k_sample,         "8",     "1..1000000", "instances k from each end, at most N")                  \
+    X(MIL_OPTION_BOOL,   subtyping,        "false", NULL,         "the other classes' instance classifiers learn too")     \
+    X(MIL_OPTION_CHOICE, instance_loss_fn, "svm",   "svm|ce",     "smooth top-1 SVM loss or cross-entropy")                \
+    X(MIL_OPTION_REAL,   bag_weight,       "0.7",   "0..1",       "weight w of the bag's loss")
+
+static const mil_option mili_clam_options[] = {
+#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_clam_config, type, member, value, choices, doc)
+    MILI_CLAM_OPTIONS(MILI_ROW)
+#undef MILI_ROW
+};
+static const mil_config mili_clam_configs[] = {
+    { "base", "" }, { "base_ce", "instance_loss_fn=ce" }, { "base_subtyping", "subtyping=true" },
+    { "base_ce_subtyping", "instance_loss_fn=ce subtyping=true" }
+};
+
+typedef struct mili_clam { mil_patch_mlp embed; mil_attention_scorer scorer; mil_linear_layer classifier, *instance; } mili_clam;
+
+MILI_FN void mili_clam_declare(mil_builder *b, void *model, const void *config)
+{
+    mili_clam *m = (mili_clam *)model;
+    const mili_clam_config *c = (const mili_clam_config *)config;
+    m->embed = mil_declare_patch_mlp(b, c->in_dim, c->embed_dim, c->n_fc_layers, c->dropout, "patch_embed");
+    m->scorer = mil_declare_attention_scorer(b, c->embed_dim, c->attention_dim, 1, c->gate, c->dropout, "global_attn");
+    m->classifier = mil_declare_linear(b, c->embed_dim, c->num_classes, 1, MIL_LINEAR_KAIMING, "classifier");
+    m->instance = (mil_linear_layer *)mili_declare_array(b, c->num_classes, sizeof *m->instance);
+    for (int64_t i = 0; m->instance && i < c->num_classes; i++)
+        m->instance[i] = mil_declare_linear(b, c->embed_dim, 2, 1, MIL_LINEAR_KAIMING, "instance_classifiers.%lld", (long long)i);
+    if (c->instance_loss_fn == MILI_CLAM_SVM) {
+        const mil_init range = { MIL_INIT_RANGE, 0 };
+        const int64_t two = 2;
+        mil_declare_buffer(b, MIL_I64, range, 1, &two, "instance_loss_fn.labels");             // [0, 1], as the reference saves it
+    }
+}
+
+#ifndef MIL_NO_TRAINING
+// What instance classifier c should say of rows [1, R, E]: 1 for the first `ones` of them, 0 for the others.
+MILI_FN mil_node *mili_clam_instance_loss(const mili_clam *m, const mili_clam_config *c, int64_t which, mil_node *rows, int64_t ones)
+{
+    if (!rows) return NULL;
+    int64_t count = rows->shape[1];
+    int64_t *label = (int64_t *)mili_tape_array(rows->tape, count, sizeof *label);
+    if (!label) return NULL;
+    for (int64_t i = 0; i < count; i++) label[i] = i < ones;
+    const mil_tensor tensor = mil_tensor_make(label, MIL_I64, 1, &count);
+    mil_node *labels = mil_input(rows->tape, "instance labels", &tensor);
+    mil_node *scores = mil_squeeze(mil_linear_forward(&m->instance[which], rows), 0);          // [R, 2]
+    return c->instance_loss_fn == MILI_CLAM_SVM ? mil_smooth_svm(scores, labels, 1, 1) : mil_cross_entropy(scores, labels, NULL, 0);
+}
+
+// h [1, N, E], a [1, N, 1]. The choice by attention carries no gradient, the chosen rows do.
+MILI_FN void mili_clam_losses(const mili_clam *m, const mili_clam_config *c, const mil_inputs *in, mil_node *h, mil_node *a, mil_outputs *out)
+{
+    const int64_t k = c->k_sample, N = in->features->shape[1], y = mili_target_label(in->target);
+    if (k > N || y < 0 || y >= c->num_classes) {
+        if (k > N) mil_tape_fail(in->tape, MIL_ERROR_ARGUMENT, "k_sample is %lld, the bag has %lld instances", (long long)k, (long long)N);
+        else mil_tape_fail(in->tape, MIL_ERROR_ARGUMENT, "label %lld is not one of the classes 0..%lld", (long long)y, (long long)(c->num_classes - 1));
+        return;
+    }
+    mil_node *ends[2], *sum = NULL;
+    ends[0] = mil_topk(a, k, 1, 1);                                                            // [1, k, 1] of most attention
+    ends[1] = mil_topk(a, k, 1, 0);                                                            // [1, k, 1] of least
+    mil_node *rows = mil_gather_rows(h, mil_concat(ends, 2, 1));                               // [1, 2 k, E]
+    for (int64_t i = 0; i < c->num_classes; i++) {
+        if (i != y && !c->subtyping) continue;
+        mil_node *loss = mili_clam_instance_loss(m, c, i, i == y ? rows : mil_slice(rows, 1, 0, k), i == y ? k : 0);
+        sum = sum ? mil_add(sum, loss) : loss;
+    }
+    if (c->subtyping) sum = mil_affine(sum, 1 / (double)c->num_classes, 0);
+    mili_two_losses(out, mil_loss_node(out->logits, in->target), sum, c->bag_weight);
+}
+#endif
+
+MILI_FN void mili_clam_forward(const void *model, const void *config, const mil_inputs *in, mil_outputs *out)
+{
+    const mili_clam *m = (const mili_clam *)model;
+    const mili_clam_config *c = (const mili_clam_config *)config;
+    mil_node *h = mil_patch_mlp_forward(&m->embed, in->features);                              // [1, N, E]
+    mil_node *a = mil_attention_scores(&m->scorer, h);                                         // [1, N, 1]
+    out->attention = mil_squeeze(a, 2);                                                        // [1, N]
+    out->attention_scores = a;
+    out->attention_weights = mil_softmax(a, 1);                                                // [1, N, 1]
+    out->slide_feats = mil_squeeze(mil_softmax_pool(a, h), 1);                                 // [1, E]
+    out->contribution = mili_contribution(&m->classifier, out->attention_weights, h);          // [1, N, C]
+    out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [1, C]
+    mil_output(out, "instance_feats", mil_squeeze(h, 0));                                      // [N, E]
+#ifndef MIL_NO_TRAINING
+    if (in->target && out->logits) mili_clam_losses(m, c, in, h, a, out);
+#else
+    MILI_UNUSED(c);
+#endif
+}
+
+// ---- dftd: two tiers of attention over random pseudo bags (Zhang et al.: DTFD-MIL, CVPR 2022), as MIL-Lab has it -------
+//   f_n = residual MLP(x_n)      a_n = scorer_1(f_n)      b_g = sum of a_n f_n over pseudo bag g      sub_g = C_1 b_g + c_1
+//   P = rows distilled from the pseudo bags               alpha = scorer_2(P)       logits = C_2 sum alpha_p P_p + c_2
+// Neither attention has a softmax in MIL-Lab; paper_attention gives the paper's. Distilling by MaxS or MaxMinS sorts each
+// pseudo bag by r_n = softmax(C_1 a_n f_n)[C - 1] and keeps the k first (and the k last); AFS keeps b_g. With k = 0, MIL-Lab's
+// own defaults, MaxMinS keeps every row and MaxS none. instance_loss: mean loss of the sub_g; loss = w cls_loss + (1 - w) instance_loss.
+typedef struct mili_dftd_config {
+    int64_t in_dim, num_classes, embed_dim, attention_dim, num_residuals, num_group, total_instance;
+    int     distill;
+    double  bag_weight, dropout, attention_drop;
+    int64_t num_fc_layers;
+    int     paper_attention;
+} mili_dftd_config;
+enum { MILI_DFTD_MAXMINS, MILI_DFTD_MAXS, MILI_DFTD_AFS };                         // distill
+
+#define MILI_DFTD_OPTIONS(X)                                                                                                       \
+    X(MIL_OPTION_INT,    in_dim,          "1024",    "1..1000000",       "width D of an instance")                                 \
+    X(MIL_OPTION_INT,    num_classes,     "2",       "1..1000000",       "classes C")                                              \
+    X(MIL_OPTION_INT,    embed_dim,       "512",     "1..1000000",       "width E of an embedded instance")                        \
+    X(MIL_OPTION_INT,    attention_dim,   "128",     "1..1000000",       "width A inside both scorers")                            \
+    X(MIL_OPTION_INT,    num_residuals,   "4",       "0..1000",          "residual blocks after the first layer")                  \
+    X(MIL_OPTION_INT,    num_group,       "8",       "1..1000000",       "pseudo bags G")                                          \
+    X(MIL_OPTION_INT,    total_instance,  "4",       "0..1000000",       "k = total_instance / num_group, rounded down")           \
+    X(MIL_OPTION_CHOICE, distill,         "MaxMinS", "MaxMinS|MaxS|AFS", "what a pseudo bag hands to the second tier")             \
+    X(MIL_OPTION_REAL,   bag_weight,      "0.7",     "0..1",             "weight w of the second tier's loss")                     \
+    X(MIL_OPTION_REAL,   dropout,         "0.25",    "0..1",             "rate before the first tier's classifier")                \
+    X(MIL_OPTION_REAL,   attention_drop,  "0.25",    "0..1",             "rate in the first tier's scorer")                        \
+    X(MIL_OPTION_INT,    num_fc_layers,   "1",       NULL,               "without effect, as in MIL-Lab")                          \
+    X(MIL_OPTION_BOOL,   paper_attention, "false",   NULL,               "ours: a softmax in both attentions, as in the paper")
+
+static const mil_option mili_dftd_options[] = {
+#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_dftd_config, type, member, value, choices, doc)
+    MILI_DFTD_OPTIONS(MILI_ROW)
+#undef MILI_ROW
+};
+static const mil_config mili_dftd_configs[] = { { "base", "" }, { "base_afs", "distill=AFS bag_weight=0.5" } };
+
+typedef struct mili_dftd_block { mil_linear_layer first, second; } mili_dftd_block;
+typedef struct mili_dftd { mil_linear_layer embed, classifier1, classifier2; mili_dftd_block *block; mil_attention_scorer scorer1, scorer2; } mili_dftd;
+
+MILI_FN void mili_dftd_declare(mil_builder *b, void *model, const void *config)
+{
+    mili_dftd *m = (mili_dftd *)model;
+    const mili_dftd_config *c = (const mili_dftd_config *)config;
+    const int64_t E = c->embed_dim;
+    m->embed = mil_declare_linear(b, c->in_dim, E, 1, MIL_LINEAR_KAIMING, "patch_embed.fc1.0");
+    m->block = (mili_dftd_block *)mili_declare_array(b, c->num_residuals, sizeof *m->block);
+    for (int64_t r = 0; m->block && r < c->num_residuals; r++) {
+        m->block[r].first = mil_declare_linear(b, E, E, 0, MIL_LINEAR_KAIMING, "patch_embed.resBlocks.%lld.block.0", (long long)r);
+        m->block[r].second = mil_declare_linear(b, E, E, 0, MIL_LINEAR_KAIMING, "patch_embed.resBlocks.%lld.block.2", (long long)r);
+    }
+    m->scorer1 = mil_declare_attention_scorer(b, E, c->attention_dim, 1, 1, c->attention_drop, "attention");
+    m->classifier1 = mil_declare_linear(b, E, c->num_classes, 1, MIL_LINEAR_KAIMING, "classifier.fc");
+    mil_declare_alias(b, m->classifier1.weight, "classifier.weight");                          // after MIL-Lab adapts a checkpoint
+    mil_declare_alias(b, m->classifier1.bias, "classifier.bias");
+    m->scorer2 = mil_declare_attention_scorer(b, E, c->attention_dim, 1, 1, 0, "attCls.global_attn");
+    m->classifier2 = mil_declare_linear(b, E, c->num_classes, 1, MIL_LINEAR_KAIMING, "attCls.classifier.fc");
+}
+
+// Pseudo bags are consecutive runs of the shuffled instances; the first N mod G are one longer, the last are empty when N < G.
+// run [N]: the group of each place. keep: the places kept, the `first` and the `last` of each run (all of a shorter one).
+typedef struct mili_dftd_groups { mil_node *run, *keep; int64_t kept; } mili_dftd_groups;
+
+MILI_FN mili_dftd_groups mili_dftd_split(mil_tape *tape, int64_t N, int64_t G, int64_t first, int64_t last)
+{
+    mili_dftd_groups g;
+    memset(&g, 0, sizeof g);
+    const int64_t longest = (N + G - 1) / G, most = MILI_MIN(first, longest) + MILI_MIN(last, longest), groups = MILI_MIN(G, N);
+    int64_t *run = (int64_t *)mili_tape_array(tape, N, sizeof *run), *keep = (int64_t *)mili_tape_array(tape, MILI_MAX(groups * most, 1), sizeof *keep);
+    if (!run || !keep) return g;
+    for (int64_t i = 0, at = 0; i < groups; i++) {
+        const int64_t length = N / G + (i < N % G), head = MILI_MIN(first, length), foot = MILI_MIN(last, length);
+        for (int64_t j = 0; j < length; j++) run[at + j] = i;
+        for (int64_t j = 0; j < head; j++) keep[g.kept++] = at + j;
+        for (int64_t j = length - foot; j < length; j++) keep[g.kept++] = at + j;
+        at += length;
+    }
+    const mil_tensor places = mil_tensor_make(run, MIL_I64, 1, &N), kept = mil_tensor_make(keep, MIL_I64, 1, &g.kept);
+    g.run = mil_input(tape, "pseudo bags", &places);
+    g.keep = mil_input(tape, "kept", &kept);
+    return g;
+}
+
+#ifndef MIL_NO_TRAINING
+// The mean loss of sub [1, G, C], the bag's target for each pseudo bag. `cls` is the bag's loss, whose recording checked the target.
+MILI_FN mil_node *mili_dftd_instance_loss(const mil_target *target, mil_node *sub, const mil_node *cls)
+{
+    if (!sub || !cls) return NULL;
+    mil_tape *tape = sub->tape;
+    const int64_t G = sub->shape[1], C = sub->shape[2];
+    int64_t *labels = (int64_t *)mili_tape_array(tape, G, sizeof *labels);
+    double *values = (double *)mili_tape_array(tape, G * C, sizeof *values);
+    if (!labels || !values) return NULL;
+    for (int64_t i = 0; i < G; i++) labels[i] = mili_target_label(target);
+    for (int64_t i = 0; i < G * C; i++) values[i] = target->values ? target->values[i % C] : target->value;
+    mil_target t = mil_target_class(0);
+    t.loss = target->loss;
+    t.labels = labels;
+    t.values = values;
+    t.count = target->loss == MIL_LOSS_CE ? G : G * C;
+    return mil_loss_node(mil_squeeze(sub, 0), &t);
+}
+#endif
+
+MILI_FN void mili_dftd_forward(const void *model, const void *config, const mil_inputs *in, mil_outputs *out)
+{
+    const mili_dftd *m = (const mili_dftd *)model;
+    const mili_dftd_config *c = (const mili_dftd_config *)config;
+    const int64_t N = in->features->shape[1], G = c->num_group, k = c->total_instance / G;
+    const int afs = c->distill == MILI_DFTD_AFS, all = c->distill == MILI_DFTD_MAXMINS && k == 0;
+    const mili_dftd_groups groups = mili_dftd_split(in->tape, N, G, afs ? 0 : all ? N : k, c->distill == MILI_DFTD_MAXMINS ? k : 0);
+    mil_node *shuffle = mil_random_permutation(in->tape, "shuffle", N);                        // [N] instances by place
+
+    mil_node *f = mil_relu(mil_linear_forward(&m->embed, in->features));                       // [1, N, E]
+    for (int64_t r = 0; r < c->num_residuals; r++)
+        f = mil_add(f, mil_relu(mil_linear_forward(&m->block[r].second, mil_relu(mil_linear_forward(&m->block[r].first, f)))));
+
+    // First tier. member [1, N, G] has a one where instance n is in pseudo bag g, weight a_n there.
+    int64_t shape[3];
+    shape[0] = 1;
+    shape[1] = N;
+    shape[2] = G;
+    mil_node *member = mil_reshape(mil_scatter_add(mil_one_hot(groups.run, G), shuffle, 0, N), 3, shape);
+    mil_node *a = mil_attention_scores(&m->scorer1, f);                                        // [1, N, 1]
+    mil_node *weight = c->paper_attention ? mil_softmax(mil_mask_fill(a, member, -(double)MILI_INF), 1) : mil_mul(member, a);
+    if (c->paper_attention) a = mil_sum(weight, -1);
+    mil_node *bags = mil_matmul_t(weight, f, 1, 0);                                            // [1, G, E]
+    mil_node *sub = mil_linear_forward(&m->classifier1, mil_dropout(bags, c->dropout, "tier1"));           // [1, G, C]
+    mil_output(out, "sub_logits", mil_squeeze(sub, 0));
+
+    // Instances in the order of their pseudo bags, and in each by r: a sort by r, then a stable one by pseudo bag.
+    shape[0] = N;
+    mil_node *W = mil_detach(mil_use(in->tape, m->classifier1.weight));
+    mil_node *p = mil_softmax(mil_mul(mil_detach(a), mil_linear(mil_detach(f), W, NULL)), -1); // [1, N, C]
+    mil_node *r = mil_reshape(mil_slice(p, -1, c->num_classes - 1, 1), 1, shape);              // [N]
+    mil_node *by_r = mil_argsort(mil_gather(r, shuffle, 0), 0, 1);                             // [N] places
+    mil_node *by_bag = mil_argsort(mil_gather(mil_affine(groups.run, 1, 0), by_r, 0), 0, 0);
+    mil_node *order = mil_gather(shuffle, mil_gather(by_r, by_bag, 0), 0);                     // [N] instances
+    mil_node *kept = all || afs ? order : mil_gather(order, groups.keep, 0);
+
+    // Second tier, over the rows P [1, P, E]. When all are kept their order does not matter but to the report.
+    if (afs || groups.kept) {
+        mil_node *P = afs ? bags : all ? f : mil_gather(f, kept, 1);
+        mil_node *alpha = mil_attention_scores(&m->scorer2, P);                                // [1, P, 1]
+        if (c->paper_attention) alpha = mil_softmax(alpha, 1);
+        mil_node *z = mil_squeeze(mil_matmul_t(alpha, P, 1, 0), 1);                            // [1, E]
+        out->logits = mil_linear_forward(&m->classifier2, z);                                  // [1, C]
+        out->attention = mil_squeeze(all ? mil_gather(alpha, order, 1) : alpha, 0);            // [P, 1]
+        out->slide_feats = mil_squeeze(all ? mil_gather(f, order, 1) : P, 0);                  // [P, E]
+        out->attention_scores = afs ? mil_mul(a, mil_matmul(member, alpha)) : all ? alpha : mil_scatter_add(alpha, kept, 1, N);
+        out->contribution = mili_contribution(&m->classifier2, out->attention_scores, f);      // [1, N, C]
+    } else {                                                                                   // MaxS with k = 0
+        shape[0] = 1;
+        shape[1] = c->num_classes;
+        out->logits = mil_reshape(mil_use(in->tape, m->classifier2.bias), 2, shape);
+    }
+#ifndef MIL_NO_TRAINING
+    if (!in->target || !out->logits) return;
+    mil_node *cls = mil_loss_node(out->logits, in->target);
+    mili_two_losses(out, cls, mili_dftd_instance_loss(in->target, sub, cls), c->bag_weight);
+#endif
+}
+
 // ---- the registry: a row per model ----
 #define MILI_ROW(name, title, citation, prefix, T, configs, head, flags) \
     { name, title, citation, prefix, T##_options, MILI_COUNT(T##_options), sizeof(T##_config), configs, MILI_COUNT(configs), \
@@ -12000,6 +12422,12 @@ static const mil_architecture mili_architectures[] = {
              "", mili_abmil_torchmil, mili_torchmil_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
     MILI_ROW("dsmil", "max over instances beside attention to the top one of each class", "Li, Li, Eliceiri: Dual-stream Multiple Instance Learning Network, CVPR 2021",
              "model.", mili_dsmil, mili_dsmil_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
+    MILI_ROW("wikg", "a learned graph: each patch mixes in its k best-matching patches", "Li, Chen, Chu, Sun, Guan, Han, He: Dynamic Graph Representation with Knowledge-aware Attention for Histopathology Whole Slide Image Analysis, CVPR 2024",
+             "model.", mili_wikg, mili_wikg_configs, "classifier", MIL_MODEL_BATCHES),
+    MILI_ROW("clam", "attention pooling with an instance loss on the most and least attended patches", "Lu, Williamson, Chen, Chen, Barbieri, Mahmood: Data-efficient and weakly supervised computational pathology on whole-slide images, Nature Biomedical Engineering 2021",
+             "model.", mili_clam, mili_clam_configs, "classifier", 0),
+    MILI_ROW("dftd", "two tiers of attention over random pseudo bags", "Zhang, Meng, Zhao, Qiao, Yang, Coupland, Zheng: DTFD-MIL: Double-Tier Feature Distillation Multiple Instance Learning for Histopathology Whole Slide Image Classification, CVPR 2022",
+             "model.", mili_dftd, mili_dftd_configs, "classifier", 0),
 };
 #undef MILI_ROW
 
