@@ -95,6 +95,7 @@ TOOL_FN int run_train(mil_context *ctx, const arguments *a)
     r.balanced = strcmp(argument_choice(a, "sampling", "shuffle|balanced"), "balanced") == 0;
     r.standardize = argument_given(a, "standardize");
     r.label_smoothing = argument_real(a, "label-smoothing", 0, 0.99);
+    r.save_every = argument_real(a, "save-every", 0, 1e6);
     r.seed = (uint64_t)argument_int(a, "seed", 0, INT64_MAX);
     if (strcmp(r.monitor, "loss") != 0 && mil_metric_find(r.monitor) == MIL_METRIC_COUNT) {
         const char *best = NULL;
@@ -457,7 +458,7 @@ TOOL_FN void legend_write(mil_context *ctx, const char *path, const char *bag, c
              : strcmp(m->map, "margin") == 0 ? "summand of the class's logit less the mean of the other classes' summands"
              : strcmp(m->map, "rank") == 0 ? "rank of the attention score, 0 the lowest patch, 1 the highest"
              : strcmp(m->map, "weight") == 0 ? "attention after the softmax, sums to 1 over the patches" : "attention before the softmax",
-             diverging ? "blue against, white 0, red for" : "dark low, bright high");
+             diverging ? "blue against, white 0, red for; 2% of the cells lie outside low..high" : "dark low, bright high");
     text_number(&t, low, 6);
     text_add(&t, ",\"high\":");
     text_number(&t, high, 6);

@@ -83,8 +83,8 @@ TOOL_FN double cohort_feature(uint64_t seed, const cohort_slide *s, int64_t slid
     const double scale = 1 / sqrt((double)COHORT_DIM);
     double x = 0.9 * random_normal(seed, 1, (uint64_t)tissue * COHORT_DIM + D);
     const double strength = 1 + 0.3 * random_normal(seed, base, (uint64_t)cell);   // some patches show it more than others
-    if (kind == COHORT_TUMOUR) x += 5.2 * strength * scale * random_normal(seed, 2, D);
-    if (kind == COHORT_MIMIC) x += strength * scale * (2.2 * random_normal(seed, 2, D) + 4.5 * random_normal(seed, 3, D));
+    if (kind == COHORT_TUMOUR) x += 4.5 * strength * scale * random_normal(seed, 2, D);
+    if (kind == COHORT_MIMIC) x += strength * scale * (2.9 * random_normal(seed, 2, D) + 2.6 * random_normal(seed, 3, D));
     x += 0.25 * random_normal(seed, 4, (uint64_t)scanner * COHORT_DIM + D);
     x += 0.20 * random_normal(seed, 5, (uint64_t)patient * COHORT_DIM + D);
     x *= 1 + 0.08 * random_normal(seed, base + 1, 0);

@@ -121,14 +121,14 @@ TOOL_FN int demo(mil_context *ctx, const arguments *a, const command *commands)
     printf("%lld patches of %d features, %.1f%% of them tumour.\n", (long long)patches, COHORT_DIM, 100.0 * (double)tumour / (double)patches);
 
     // 1. train
-    char *line = tool_format("train --data %s --model abmil --set embed_dim=64 --set attn_dim=32 --folds 5 --epochs 12 --lr 5e-4 --out %s --overwrite --seed %llu",
+    char *line = tool_format("train --data %s --model abmil --set embed_dim=64 --set attn_dim=32 --folds 5 --epochs 25 --lr 5e-4 --val 0.15 --out %s --overwrite --quiet --seed %llu",
                              data, run, (unsigned long long)seed);
     demo_command(ctx, commands, line);
     free(line);
 
     // 2. where the model looks and what it finds there, on slides that its fold did not see
     data_set d = data_open(ctx, data, NULL, NULL, NULL, 0);
-    splits s = splits_make(&d, "5", 0, 0.2, 0, seed);
+    splits s = splits_make(&d, "5", 0, 0.15, 0, seed);
     double *attention = TOOL_NEW(double, d.count), *contribution = TOOL_NEW(double, d.count);
     predictions model_predictions = { NULL, 0, 2 };
     int64_t n = 0, shown = 0;
@@ -149,15 +149,15 @@ TOOL_FN int demo(mil_context *ctx, const arguments *a, const command *commands)
             }
             if (!isnan(of_attention) && shown < 4 && i % 3 == 0) {                 // a picture: truth, attention, contribution
                 grid g = grid_make(&b, d.bag[bag].path, 0, 0);
-                const int64_t zoom = 8, gap = 12;
+                const int64_t zoom = 8, gap = 12, width = g.columns * zoom;
                 double low, high;
                 picture parts[3];
                 parts[0] = truth_picture(&b, &g, zoom);
                 parts[1] = grid_picture(&g, x.rank, 1, b.instances, zoom, 0, &low, &high);
                 parts[2] = grid_picture(&g, x.margin + 1, 2, b.instances, zoom, 1, &low, &high);
-                picture panel = picture_make(3 * parts[0].width + 2 * gap, parts[0].height);
+                picture panel = picture_make(3 * width + 2 * gap, g.rows * zoom);
                 for (int part = 0; part < 3; part++) {
-                    picture_paste(&panel, &parts[part], part * (parts[0].width + gap), 0);
+                    picture_paste(&panel, &parts[part], part * (width + gap), 0);
                     if (part == 0) {
                         char *name = tool_format("%s/%s_truth.png", maps, d.bag[bag].name);
                         picture_write(ctx, name, &parts[0]);

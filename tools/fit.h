@@ -11,6 +11,7 @@ typedef struct recipe {
     int64_t     epochs, patience;                          // patience 0: no early stopping
     int         balanced, standardize;                     // balanced: every class is drawn as often
     double      label_smoothing;
+    double      save_every;                                // seconds from one saved state to the next
     uint64_t    seed;
 } recipe;
 
@@ -183,7 +184,7 @@ TOOL_FN void predict(mil_context *ctx, mil_model *model, const data_set *d, cons
 }
 
 // ---- the state of a run ----
-// One file holds all of it, replaced atomically after each epoch: weights, best weights, trainer, log, counters. best.safetensors,
+// One file holds all of it, replaced atomically after an epoch (every save_every seconds, and the last): weights, best weights, trainer, log, counters. best.safetensors,
 // last.safetensors and log.csv are written from it and can be written again.
 TOOL_FN char *fit_path(const fit *f, const char *name) { return path_join(f->folder, name); }
 
@@ -192,11 +193,9 @@ TOOL_FN void fit_write_views(fit *f, const blob *last)
     char *path = fit_path(f, "last.safetensors");
     tool_check(f->ctx, mil_file_write(f->ctx, path, last->data, last->size));
     free(path);
-    if (f->best_epoch == f->epoch || f->epoch == 0) {
-        path = fit_path(f, "best.safetensors");
-        tool_check(f->ctx, mil_file_write(f->ctx, path, f->best.data, f->best.size));
-        free(path);
-    }
+    path = fit_path(f, "best.safetensors");
+    tool_check(f->ctx, mil_file_write(f->ctx, path, f->best.data, f->best.size));
+    free(path);
     path = fit_path(f, "log.csv");
     file_write(f->ctx, path, &f->log);
     free(path);
@@ -247,9 +246,6 @@ TOOL_FN int fit_restore(fit *f, mil_trainer *trainer)
     tool_check(f->ctx, mil_trainer_restore(trainer, state->data, (size_t)state->shape[0]));
     const blob weights = { (char *)last->data, (size_t)last->shape[0] };
     fit_write_views(f, &weights);                          // the run may have been killed between the state and these
-    char *best_path = fit_path(f, "best.safetensors");
-    tool_check(f->ctx, mil_file_write(f->ctx, best_path, f->best.data, f->best.size));
-    free(best_path);
     mil_tensors_free(file);
     free(path);
     return 1;
@@ -319,6 +315,7 @@ TOOL_FN void fit_run(fit *f, progress *p)
 
     for (int64_t k = 0; k < f->val_count; k++) labels[k] = d->bag[f->val[k]].label;
 
+    double saved = seconds_now();
     f->best_value = -INFINITY;
     f->temperature = 1;
     text_add(&f->log, "epoch,rate,train_loss,val_loss,val_accuracy,val_balanced_accuracy,val_auroc,best\n");
@@ -373,7 +370,11 @@ TOOL_FN void fit_run(fit *f, progress *p)
             free(f->best.data);
             f->best = model_blob(f->model);
         }
-        if (f->folder) fit_save(f, trainer);
+        const int last = f->epoch >= r->epochs || (r->patience && f->val_count && f->epoch - f->best_epoch >= r->patience);
+        if (f->folder && (last || seconds_now() - saved >= r->save_every)) {
+            fit_save(f, trainer);
+            saved = seconds_now();
+        }
         if (p && !p->quiet) {
             char *line = tool_format("%s  rate %.2e  train loss %.4f", what, rate, sum / (double)f->train_count);
             if (f->val_count) progress_say(p, "%s  val loss %.4f  AUROC %.3f%s", line, val_loss, metrics.auroc, better ? "  *" : "");
@@ -384,7 +385,8 @@ TOOL_FN void fit_run(fit *f, progress *p)
     }
     if (p) {                                               // epochs that early stopping saved
         p->total -= (r->epochs - f->epoch) * f->train_count;
-        if (f->epoch < r->epochs) progress_say(p, "%s: stopped after epoch %lld, %lld epochs without a better one", f->name, (long long)f->epoch, (long long)r->patience);
+        progress_say(p, "%s: epoch %lld of %lld is the best%s", f->name, (long long)f->best_epoch, (long long)f->epoch,
+                     f->val_count ? f->epoch < r->epochs ? " on validation; stopped" : " on validation" : " (the last: no validation)");
     }
     if (f->best.data) model_restore(f->model, f->best.data, f->best.size);
     model_describe(f->model, d->class_name, d->class_count, &f->scale, f->temperature);

@@ -227,7 +227,8 @@ TOOL_FN void grid_free(grid *g)
 
 // ---- pictures ----
 // One square of `zoom` pixels per cell; cells without a patch stay transparent. values [N] at stride `columns`.
-// diverging: the range is symmetric about 0. Writes the range into low and high.
+// diverging: the colours' range is symmetric about 0 and ends where 2% of the cells lie outside it, else a few patches that
+// carry most of a logit would leave all others white. low, high get the range.
 TOOL_FN picture grid_picture(const grid *g, const double *values, int64_t columns, int64_t n, int64_t zoom, int diverging, double *low, double *high)
 {
     picture p = picture_make(g->columns * zoom, g->rows * zoom);
@@ -247,9 +248,14 @@ TOOL_FN picture grid_picture(const grid *g, const double *values, int64_t column
         if (sum[k] > *high) *high = sum[k];
     }
     if (diverging) {
-        const double top = fabs(*low) > fabs(*high) ? fabs(*low) : fabs(*high);
+        double *size = TOOL_NEW(double, g->columns * g->rows), top;
+        int64_t cells = 0;
+        for (int64_t k = 0; k < g->columns * g->rows; k++) if (count[k]) size[cells++] = fabs(sum[k]);
+        if (cells) qsort(size, (size_t)cells, sizeof *size, compare_doubles);
+        top = cells ? size[(int64_t)(0.98 * (double)(cells - 1))] : 0;
         *low = -top;
         *high = top;
+        free(size);
     }
     for (int64_t k = 0; k < g->columns * g->rows; k++) {
         const double t = *high > *low ? (sum[k] - *low) / (*high - *low) : 0.5;

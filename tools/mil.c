@@ -238,9 +238,10 @@ static const option train_options[] = {
     { "label-smoothing", "X", "0", "share of the target given to the other classes" },
     { "seed", "N", "0", "of initial weights, dropout, shuffling and splits" },
     { "bootstrap", "N", "1000", "resamples for the intervals" },
+    { "save-every", "SECONDS", "5", "state to go on from is saved after the first epoch that ends later than this" },
     { "resume", NULL, NULL, "the run must be there already" },
     { "overwrite", NULL, NULL, "a run that is there is removed first" },
-    { "quiet", NULL, NULL, "no lines per epoch" },
+    { "quiet", NULL, NULL, "no line per epoch" },
     DATA_OPTIONS, THREADS, { NULL, NULL, NULL, NULL } };
 static const option eval_options[] = {
     { "data", "DIR", NULL, "the bags, as for train" },
@@ -272,7 +273,7 @@ static const option heatmap_options[] = {
     THREADS, { NULL, NULL, NULL, NULL } };
 
 static const option demo_options[] = {
-    { "slides", "N", "80", "how many" },
+    { "slides", "N", "120", "how many" },
     { "seed", "N", "0", "of the cohort and of the training" }, THREADS, { NULL, NULL, NULL, NULL } };
 static int run_demo(mil_context *ctx, const arguments *a);
 

@@ -8,7 +8,7 @@
 typedef struct progress {
     double  started, shown;
     int64_t done, begun, total;                            // units; begun: done before this process started
-    int     terminal, quiet, width;
+    int     terminal, quiet, width;                        // quiet: no line per epoch
     const char *unit;
 } progress;
 
@@ -40,7 +40,7 @@ TOOL_FN void progress_add(progress *p, int64_t units, const char *what)
 {
     const double now = seconds_now();
     p->done += units;
-    if (p->quiet || !p->terminal || now - p->shown < 0.1) return;
+    if (!p->terminal || now - p->shown < 0.1) return;
     p->shown = now;
     const double share = p->total ? (double)p->done / (double)p->total : 1, spent = now - p->started;
     const double rate = spent > 0 ? (double)(p->done - p->begun) / spent : 0;
@@ -63,7 +63,6 @@ TOOL_FN void progress_add(progress *p, int64_t units, const char *what)
 TOOL_FN MIL_PRINTF(2, 3) void progress_say(progress *p, const char *format, ...)
 {
     va_list list;
-    if (p->quiet) return;
     progress_clear(p);
     fflush(stderr);
     va_start(list, format);
