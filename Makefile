@@ -17,6 +17,8 @@ ONLY     ?=
 FUZZ_CC  ?= clang
 FUZZ_SECONDS ?= 60
 GCOV     ?= gcov
+PYTHON   ?= python3
+BENCH    ?=
 
 # As many jobs as processors; a -j on the command line wins over it.
 ifeq ($(MAKELEVEL),0)
@@ -105,8 +107,8 @@ demo: build/mil ## a synthetic cohort from start to heatmap, in a minute
 
 examples: $(patsubst %,$(B)/examples/%,$(EXAMPLES)) ## builds examples/*.c into build/<config>/examples
 
-bench: $(patsubst tools/%.c,$(B)/%,$(wildcard tools/bench*.c)) ## measures speed and memory beside the peers that are installed
-	@for bench in $^; do $$bench || exit 1; done
+bench: $(B)/bench $(B)/bench_cblas.log ## measures speed and memory beside the peers that are installed (PYTHON, BENCH)
+	@PYTHON='$(PYTHON)' $(B)/bench $(BENCH)
 
 # ---- objects
 $(B)/mil_float.o: tests/mil_impl.c mil.h | $(B)
@@ -144,10 +146,16 @@ $(patsubst %,$(B)/examples/%,$(EXAMPLES)): $(B)/examples/%: examples/%.c $(B)/mi
 	$(call LINKED,$(B)/examples/$*.c,$(MIL_TEST_OPT))
 endif
 
-ifneq ($(wildcard tools/bench*.c),)
-$(patsubst tools/%.c,$(B)/%,$(wildcard tools/bench*.c)): $(B)/%: tools/%.c $(B)/mil_float.o | $(B)
-	$(call LINKED,$(B)/$*.c,$(MIL_OPT))
-endif
+$(B)/bench: tools/bench.c $(B)/mil_float.o | $(B)
+	$(call LINKED,$(B)/bench_main.c,$(MIL_OPT))
+
+# mil.h over a CBLAS, where one is installed; the bench says so when it is not.
+CBLAS_LIBS ?= -lopenblas
+$(B)/bench_cblas.log: tools/bench.c mil.h | $(B)
+	@rm -f $(B)/bench_cblas
+	@$(CC) $(MIL_CFLAGS) $(MIL_OPT) -DMIL_USE_CBLAS $(CFLAGS) $(LDFLAGS) -o $(B)/bench_cblas $< $(CBLAS_LIBS) $(MIL_LIBS) > $@ 2>&1 || \
+	    echo 'no bench over a CBLAS: $(CBLAS_LIBS) did not build (see $@)'
+	@touch $@
 
 $(B)/mil: tools/mil.c $(B)/mil_float.o | $(B)
 	$(call LINKED,$(B)/mil_tool.c,$(MIL_OPT))

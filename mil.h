@@ -2073,6 +2073,9 @@ MILI_INLINE double mili_random_gauss(uint64_t seed, uint64_t stream, uint64_t co
 //   mili_convert_back(dst, dtype, src, n)                             to F32, F64, F16, BF16, ties to even; 0: another dtype
 
 #include <float.h>
+#if defined(MIL_USE_CBLAS)
+#include <cblas.h>
+#endif
 
 #if !defined(MILI_REAL_IS_DOUBLE)
 #define MILI_REAL_IS_float 0
@@ -3167,6 +3170,33 @@ static void mili_gemm_panel(const mili_kernels *K, int64_t rows, int by_column, 
     for (int64_t r = 0; r < rows; r++) memcpy(c + r * c_row, tile + r * K->nr, (size_t)width * sizeof *c);
 }
 
+#if defined(MIL_USE_CBLAS)
+// The same product by the CBLAS, where its parameters can say it: one of A's steps is 1, one of B's is 1, all fit an int. B is
+// taken unpacked (nothing is packed in such a build). Returns 0 for what it cannot say.
+static int mili_gemm_cblas(const mili_gemm *g)
+{
+    const int a_turned = g->a_col != 1, b_turned = g->b_col != 1;
+    const int64_t lda = MILI_MAX(a_turned ? g->a_col : g->a_row, a_turned ? g->m : g->k);
+    const int64_t ldb = MILI_MAX(b_turned ? g->b_col : g->b_row, b_turned ? g->k : g->n);
+    if (g->m < 1 || g->n < 1 || (a_turned && g->a_row != 1) || (b_turned && g->b_row != 1)) return 0;
+    if ((a_turned ? g->a_col : g->a_row) < lda && (a_turned ? g->k : g->m) > 1) return 0;            // rows that overlap or run backwards
+    if ((b_turned ? g->b_col : g->b_row) < ldb && (b_turned ? g->n : g->k) > 1) return 0;
+    if (g->c_row < g->n && g->m > 1) return 0;
+    if (MILI_MAX(MILI_MAX(g->m, g->n), g->k) > INT_MAX || MILI_MAX(MILI_MAX(lda, ldb), g->c_row) > INT_MAX) return 0;
+    const int add = g->accumulate || g->bias != NULL;
+    if (g->bias && !g->accumulate)
+        for (int64_t i = 0; i < g->m; i++) memcpy(g->c + i * g->c_row, g->bias, (size_t)g->n * sizeof *g->c);
+#if MIL_REAL_IS_FLOAT
+    cblas_sgemm(
+#else
+    cblas_dgemm(
+#endif
+        CblasRowMajor, a_turned ? CblasTrans : CblasNoTrans, b_turned ? CblasTrans : CblasNoTrans, (int)g->m, (int)g->n, (int)g->k, 1,
+        g->a, (int)lda, g->b, (int)ldb, add ? (mil_real)1 : (mil_real)0, g->c, (int)MILI_MAX(g->c_row, g->n));
+    return 1;
+}
+#endif
+
 MILI_FN void mili_gemm_run(const mili_kernels *K, const mili_gemm *g)
 {
     mil_real a_tile[MILI_MR_MAX * MILI_KC_STEP], start[MILI_NR_MAX];
@@ -3177,6 +3207,9 @@ MILI_FN void mili_gemm_run(const mili_kernels *K, const mili_gemm *g)
             for (int64_t j = 0; j < g->n; j++) g->c[i * g->c_row + j] = g->bias ? g->bias[j] : 0;
         return;
     }
+#if defined(MIL_USE_CBLAS)
+    if (!g->packed && mili_gemm_cblas(g)) return;
+#endif
     if (g->n <= MILI_THIN) {
         mili_gemm_thin(K, g);
         return;
@@ -6010,10 +6043,15 @@ MIL_DEF mil_node *mil_log_softmax(mil_node *x, int axis) { return mil_sub(x, mil
 // y = x W^T + b, or x W + b with i[0] = 0. Below 2 tiles packing does not pay.
 MILI_FN size_t mili_linear_prepare_bytes(const mil_node *n)
 {
+#if defined(MIL_USE_CBLAS)
+    MILI_UNUSED(n);
+    return 0;                                              // it packs for itself
+#else
     if (n->rows < 32) return 0;
     // Any tier's packed size is bounded by the widest panels.
     const int64_t in = n->input[0]->cols, panel = 64;
     return (size_t)((n->cols + panel) * (in + panel)) * sizeof(mil_real);
+#endif
 }
 
 typedef struct mili_pack_job { const mil_exec *x; int64_t panels, chunk; } mili_pack_job;
@@ -7361,12 +7399,12 @@ MIL_DEF mil_node *mil_identity_minus(mil_node *x, double a)
 // i[]: before_h, before_w, flip, by_image. flip: x is read at t - a + before_h instead, which is the gradient by x.
 enum { MILI_CONV_CHANNELS = 128 };                         // worked on at a time: their weights stay in the L1 cache
 
-typedef struct mili_conv { int64_t I, H, W, C, G, kh, kw, taps, before_h, before_w; int flip, by_image; } mili_conv;
+typedef struct mili_conv { int64_t images, H, W, C, G, kh, kw, taps, before_h, before_w; int flip, by_image; } mili_conv;
 
 MILI_FN mili_conv mili_conv_sizes(const mil_node *n, const mil_node *x, const mil_node *w)
 {
     mili_conv c;
-    c.I = x->shape[0];
+    c.images = x->shape[0];
     c.H = x->shape[1];
     c.W = x->shape[2];
     c.C = x->shape[3];
@@ -7423,7 +7461,7 @@ MILI_FN void mili_conv_run(const mil_exec *x)
     if (!c.by_image)
         for (int64_t tap = 0; tap < c.taps; tap++)
             for (int64_t j = 0; j < c.C; j++) by_tap[tap * c.C + j] = MILI_IN(x, 1)[j / (c.C / c.G) * c.taps + tap];
-    mili_for(x, c.I * c.H, c.W * c.C * c.taps, mili_conv_body);
+    mili_for(x, c.images * c.H, c.W * c.C * c.taps, mili_conv_body);
 }
 
 #ifndef MIL_NO_TRAINING
@@ -7439,7 +7477,7 @@ MILI_FN void mili_conv_correlate(const mil_exec *x, const mili_conv *c, int64_t 
 {
     const mili_kernels *K = MILI_K(x);
     memset(acc, 0, (size_t)((c->taps + 1) * MILI_CONV_CHANNELS) * sizeof *acc);
-    for (int64_t image = first; image < c->I; image += step)
+    for (int64_t image = first; image < c->images; image += step)
         for (int64_t t = 0; t < c->H; t++)
             for (int64_t u = 0; u < c->W; u++) {
                 const mil_real *dy = MILI_IN(x, 1) + ((image * c->H + t) * c->W + u) * c->C + c0;
