@@ -12409,7 +12409,7 @@ MILI_FN void mili_dftd_forward(const void *model, const void *config, const mil_
     shape[2] = G;
     mil_node *member = mil_reshape(mil_scatter_add(mil_one_hot(groups.run, G), shuffle, 0, N), 3, shape);
     mil_node *a = mil_attention_scores(&m->scorer1, f);                                        // [1, N, 1]
-    mil_node *weight = c->paper_attention ? mil_softmax(mil_mask_fill(a, member, -(double)MILI_INF), 1) : mil_mul(member, a);
+    mil_node *weight = c->paper_attention ? mil_softmax(mil_mask_fill(mil_broadcast(a, 3, shape), member, -(double)MILI_INF), 1) : mil_mul(member, a);
     if (c->paper_attention) a = mil_sum(weight, -1);
     mil_node *bags = mil_matmul_t(weight, f, 1, 0);                                            // [1, G, E]
     mil_node *sub = mil_linear_forward(&m->classifier1, mil_dropout(bags, c->dropout, "tier1"));           // [1, G, C]
