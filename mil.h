@@ -13379,7 +13379,8 @@ struct mil_scorer {
     mil_model   *model;
     mil_scorer_options options;
     mil_tape    *tape, *whole;                             // the stream's; of bags that cannot be streamed
-    mil_node    *node[MIL_RESULT_COUNT];                   // of the tape that holds the results
+    mil_node    *node[2][MIL_RESULT_COUNT];                // results, by `streamed`
+    int64_t      whole_rows;                               // instances of the bag in `whole`
     int          streamed;                                 // the bag is in the stream, not in `whole`
     int          refused;                                  // the model cannot be streamed
     char         reason[MILI_ERROR_SIZE];
@@ -13412,7 +13413,7 @@ MIL_DEF const char *mil_result_name(mil_result result)
 }
 
 // Keeps what will be read: logits always, the rest as asked for.
-MILI_FN void mili_scorer_keep(mil_scorer *s, const mil_outputs *out)
+MILI_FN void mili_scorer_keep(mil_scorer *s, const mil_outputs *out, int streamed)
 {
     mil_node *results[MIL_RESULT_COUNT];
     memset((void *)results, 0, sizeof results);
@@ -13423,8 +13424,8 @@ MILI_FN void mili_scorer_keep(mil_scorer *s, const mil_outputs *out)
     results[MIL_SLIDE_FEATS] = out->slide_feats;
     for (int r = 0; r < MIL_RESULT_COUNT; r++) {
         const int wanted = r == MIL_LOGITS || (s->options.results >> r & 1) || (r == MIL_SLIDE_FEATS && !out->logits);
-        s->node[r] = wanted ? results[r] : NULL;
-        mil_node_keep(s->node[r]);
+        s->node[streamed][r] = wanted ? results[r] : NULL;
+        mil_node_keep(s->node[streamed][r]);
     }
 }
 
@@ -13437,7 +13438,48 @@ MILI_FN int mili_is_rows_of(const mil_node *n, int64_t rows)
     return mili_main(base)->kind == MIL_KIND_ROWS && base->rows == rows;
 }
 
-// 1 when the recorded model can be streamed; else `reason` names the op in the way.
+MILI_FN void mili_scorer_refuse(mil_scorer *s, const mil_node *n, const char *why)
+{
+    snprintf(s->reason, sizeof s->reason, "%s cannot be streamed: %s%s%s %s; use mil_scorer_score", s->model->name, n ? n->layer : "", n && n->layer[0] ? ": " : "",
+             n ? n->op->name : "the model", why);
+}
+
+// Records the model for `rows` instances of which nothing is known yet.
+MILI_FN mil_status mili_scorer_record(mil_scorer *s, mil_tape *tape, int64_t rows, mil_outputs *out)
+{
+    mil_bag bag;
+    memset(&bag, 0, sizeof bag);
+    bag.features = mil_tensor_matrix(s->ctx, MIL_REAL_DTYPE, rows, mil_model_in_dim(s->model));        // any address: rows come later
+    tape->stream_capacity = rows;
+    if (mil_model_record(tape, s->model, &bag, NULL, out) == MIL_OK) return MIL_OK;
+    return mili_fail(s->ctx, tape->status, "%s", tape->error);
+}
+
+// Whether a longer bag records the same ops with the same numbers: a factor 1/N, say, would be that of another bag in a stream.
+MILI_FN int mili_scorer_any_length(mil_scorer *s, const mil_tape *tape)
+{
+    mil_tape *other = (mil_tape *)mili_alloc_zero(s->ctx, sizeof *other);
+    mil_outputs out;
+    const mil_node *bad = NULL;
+    int same = 0;
+    if (!other) return 0;
+    other->ctx = s->ctx;
+    other->layer_interned = "";
+    if (mili_scorer_record(s, other, tape->stream_capacity + MILI_TILE_ROWS, &out) == MIL_OK) {
+        same = other->count == tape->count;
+        for (int64_t i = 0; same && i < tape->count; i++) {
+            const mil_node *a = tape->node[i], *b = other->node[i];
+            if (a->op == b->op && memcmp(a->r, b->r, sizeof a->r) == 0) continue;
+            bad = a;
+            same = 0;
+        }
+        if (!same) mili_scorer_refuse(s, bad, "depends on the number of instances");
+    }
+    mil_tape_free(other);
+    return same;
+}
+
+// 1 when the recorded model can be streamed; else `reason` names the op in the way, unless there was no memory to find out.
 MILI_FN int mili_scorer_streams(mil_scorer *s, const mil_tape *tape, const mili_plan *plan, const mil_node *features, int *at)
 {
     const int64_t rows = tape->stream_capacity;
@@ -13452,7 +13494,8 @@ MILI_FN int mili_scorer_streams(mil_scorer *s, const mil_tape *tape, const mili_
             for (int j = 0; j < n->input_count && !bad; j++) {
                 const mil_node *in = n->input[j];
                 if (in->plan->base == features) {
-                    if (!step->group || step->rows != rows || (*at >= 0 && *at != i)) { bad = n; why = "reads the instances a second time"; }
+                    if (!step->group || step->rows != rows || !(n->row_inputs >> j & 1) || in->rows != rows) { bad = n; why = "needs all instances at once"; }
+                    else if (*at >= 0 && *at != i) { bad = n; why = "reads the instances a second time"; }
                     *at = i;
                 } else if (in->plan->base->kind != MIL_KIND_LEAF && mili_is_rows_of(in, rows) && !mili_reads_rows(n, j)) {
                     bad = n;
@@ -13467,9 +13510,8 @@ MILI_FN int mili_scorer_streams(mil_scorer *s, const mil_tape *tape, const mili_
             }
         }
     }
-    if (!bad && *at >= 0) return 1;
-    snprintf(s->reason, sizeof s->reason, "%s cannot be streamed: %s%s%s %s; use mil_scorer_score", s->model->name, bad ? bad->layer : "", bad ? ": " : "",
-             bad ? bad->op->name : "the model", bad ? why : "does not read the instances");
+    if (!bad && *at >= 0) return mili_scorer_any_length(s, tape);
+    mili_scorer_refuse(s, bad, bad ? why : "does not read the instances");
     return 0;
 }
 
@@ -13480,13 +13522,8 @@ MILI_FN mil_status mili_scorer_open(mil_scorer *s, int64_t capacity)
     mil_tape *tape = NULL;
     mil_outputs out;
     mil_scorer old = *s;
-    mil_bag bag;
+    const int64_t D = mil_model_in_dim(s->model);
     capacity = (capacity + MILI_TILE_ROWS - 1) / MILI_TILE_ROWS * MILI_TILE_ROWS + 1;       // a length that no layer has by chance
-    memset(&bag, 0, sizeof bag);
-    int64_t shape[2];
-    shape[0] = capacity;
-    shape[1] = mil_model_in_dim(s->model);
-    bag.features = mil_tensor_make(ctx, MIL_REAL_DTYPE, 2, shape);             // any address: rows come later
     if (ctx->backend) {
         s->refused = 1;
         snprintf(s->reason, sizeof s->reason, "backend %s does not stream; use mil_scorer_score", ctx->backend->name);
@@ -13496,12 +13533,8 @@ MILI_FN mil_status mili_scorer_open(mil_scorer *s, int64_t capacity)
     if (!tape) return ctx->status;
     tape->ctx = ctx;
     tape->layer_interned = "";
-    tape->stream_capacity = capacity;
-    if (mil_model_record(tape, s->model, &bag, NULL, &out) != MIL_OK) {
-        mili_fail(ctx, tape->status, "%s", tape->error);
-        goto fail;
-    }
-    mili_scorer_keep(s, &out);
+    if (mili_scorer_record(s, tape, capacity, &out) != MIL_OK) goto fail;
+    mili_scorer_keep(s, &out, 1);
     {
         mili_plan *plan = NULL;
         int step;
@@ -13511,7 +13544,7 @@ MILI_FN mil_status mili_scorer_open(mil_scorer *s, int64_t capacity)
             goto fail;
         }
         if (!mili_scorer_streams(s, tape, plan, out.features, &step)) {
-            s->refused = 1;
+            s->refused = ctx->status == MIL_OK;
             goto fail;
         }
         plan->memory = mili_take_workspace(tape, plan->bytes);
@@ -13520,7 +13553,7 @@ MILI_FN mil_status mili_scorer_open(mil_scorer *s, int64_t capacity)
         for (int k = 0; k < plan->step[step].count; k++) states += plan->step[step].node[k]->plan->state_bytes * (size_t)plan->step[step].partitions;
         if (!s->stage) {
             s->stage_rows = MILI_MAX(ctx->threads, 1) * plan->step[step].tile_rows;
-            s->stage = (mil_real *)mili_alloc(ctx, (size_t)(s->stage_rows * shape[1]) * sizeof(mil_real));
+            s->stage = (mil_real *)mili_alloc(ctx, (size_t)(s->stage_rows * D) * sizeof(mil_real));
             if (!s->stage) goto fail;
         }
         if (!s->saved && states) {
@@ -13551,7 +13584,8 @@ MILI_FN mil_status mili_scorer_open(mil_scorer *s, int64_t capacity)
     return MIL_OK;
 fail:
     mil_tape_free(tape);
-    if (!s->refused) {
+    if (s->refused) memset((void *)s->node, 0, sizeof s->node);
+    else {
         mil_real *stage = s->stage;
         char *saved = s->saved;
         const int64_t stage_rows = s->stage_rows;
@@ -13606,26 +13640,31 @@ MIL_DEF size_t mil_scorer_bytes(mil_model *model, const mil_scorer_options *opti
     size_t bytes = 0;
     mil_scorer *s = (mil_scorer *)mili_alloc_zero(ctx, sizeof *s);
     mil_tape *tape = NULL;
-    if (!s || mil_tape_create(ctx, &tape) != MIL_OK) { mili_free(ctx, s, s ? sizeof *s : 0); return 0; }
+    if (!s || mil_tape_create(ctx, &tape) != MIL_OK ||
+        !mili_reserve(ctx, (void **)&tape->workspace, &tape->workspace_capacity, 1, sizeof *tape->workspace)) {
+        mil_tape_free(tape);
+        mili_free(ctx, s, s ? sizeof *s : 0);
+        return 0;
+    }
     s->ctx = ctx;
     s->model = model;
     s->options = options ? *options : mil_scorer_options_default();
     const int64_t D = mil_model_in_dim(model);
     int64_t rows = MILI_MAX(MILI_MAX(instances, s->options.capacity), 1024);
     mil_outputs out;
-    mil_bag bag;
     for (int stream = !ctx->backend; stream >= 0 && !bytes; stream--) {        // as a stream if it can be one, else as a bag
         mil_tape_reset(tape);
         rows = stream ? (rows + MILI_TILE_ROWS - 1) / MILI_TILE_ROWS * MILI_TILE_ROWS + 1 : instances;
-        tape->stream_capacity = stream ? rows : 0;
-        memset(&bag, 0, sizeof bag);
-        bag.features = mil_tensor_matrix(ctx, MIL_REAL_DTYPE, rows, D);
-        if (mil_model_record(tape, model, &bag, NULL, &out) != MIL_OK) break;
-        mili_scorer_keep(s, &out);
+        if (mili_scorer_record(s, tape, rows, &out) != MIL_OK) break;
+        if (!stream) tape->stream_capacity = 0;
+        mili_scorer_keep(s, &out, stream);
         mili_plan *plan = mili_make_plan(tape);
         if (!plan) break;
         int step;
-        if (stream && !mili_scorer_streams(s, tape, plan, out.features, &step)) continue;
+        if (stream && !mili_scorer_streams(s, tape, plan, out.features, &step)) {
+            if (ctx->status != MIL_OK) break;
+            continue;
+        }
         bytes = ctx->bytes - before + plan->bytes;
         if (!stream) break;
         bytes += (size_t)(MILI_MAX(ctx->threads, 1) * plan->step[step].tile_rows * D) * sizeof(mil_real);
@@ -13636,7 +13675,11 @@ MIL_DEF size_t mil_scorer_bytes(mil_model *model, const mil_scorer_options *opti
     return bytes;
 }
 
-MIL_DEF int64_t mil_scorer_instances(const mil_scorer *s) { return s && s->streamed ? s->fed + s->staged : 0; }
+MIL_DEF int64_t mil_scorer_instances(const mil_scorer *s)
+{
+    if (!s) return 0;
+    return s->streamed ? s->fed + s->staged : s->results_at < 0 ? 0 : s->whole_rows;
+}
 
 MIL_DEF void mil_scorer_reset(mil_scorer *s)
 {
@@ -13838,17 +13881,18 @@ MIL_DEF mil_status mil_scorer_score(mil_scorer *s, const mil_bag *bag)
     mil_tape_reset(s->whole);
     s->streamed = 0;
     s->results_at = -1;
-    memset((void *)s->node, 0, sizeof s->node);
-    if (mil_model_record(s->whole, s->model, bag, NULL, &out) == MIL_OK) mili_scorer_keep(s, &out);
+    memset((void *)s->node[0], 0, sizeof s->node[0]);
+    if (mil_model_record(s->whole, s->model, bag, NULL, &out) == MIL_OK) mili_scorer_keep(s, &out, 0);
     if (mil_tape_run(s->whole) != MIL_OK) return ctx->status;
     s->results_at = 0;
+    s->whole_rows = f->shape[f->rank - 2];
     return MIL_OK;
 }
 
 MILI_FN mil_node *mili_scorer_node(mil_scorer *s, mil_result result)
 {
     if ((int)result < 0 || result >= MIL_RESULT_COUNT) return NULL;
-    return s->node[result == MIL_PROBABILITIES ? MIL_LOGITS : result];
+    return s->node[s->streamed][result == MIL_PROBABILITIES ? MIL_LOGITS : result];
 }
 
 MILI_FN int64_t mili_scorer_count(mil_scorer *s, const mil_node *n)

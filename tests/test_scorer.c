@@ -1,0 +1,771 @@
+// build: float double
+// The scorer: streams of patches in any pieces and on any threads give the bits of a whole bag, bad rows change nothing, memory is
+// what was announced, and what a model means holds: permuted, doubled, masked patches.
+#include "mil.h"
+#include "check.h"
+#include "memory.h"
+
+enum { D = 24, C = 3, N = 1200 };                          // several tiles of 128, and a rest
+#define NAME "abmil.base.uni.none"
+#define OPTIONS "in_dim=24 embed_dim=20 attn_dim=12 num_classes=3"
+#define EVERYTHING ((1u << MIL_RESULT_COUNT) - 1)
+#define ROUNDING (MIL_REAL_IS_FLOAT ? 1e-5 : 1e-13)        // sums of a thousand terms in another order
+
+typedef struct answers { mil_real logits[C], probabilities[C], attention[N + 400], weights[N + 400], contribution[(N + 400) * C], slide[20]; int64_t n; } answers;
+
+static mil_real bag[(N + 400) * D];
+static answers whole, now;                                 // large: not on the stack
+
+static mil_context *ctx;
+static mil_model *model;
+static memory mem;
+
+static void fill_bag(void)
+{
+    uint64_t state = 7;
+    for (int i = 0; i < (N + 400) * D; i++) bag[i] = (mil_real)memory_noise(&state);
+}
+
+static void begin(int threads, long *hosted)
+{
+    fill_bag();
+    ctx = memory_context(&mem, threads, hosted);
+    model = mil_create(ctx, NAME, OPTIONS);
+    CHECK(model != NULL);
+    uint64_t state = 3;                                    // noise everywhere: fresh biases are zero
+    for (int64_t i = 0; i < mil_model_param_count(model); i++) {
+        mil_param *p = mil_model_param(model, i);
+        for (int64_t k = 0; k < p->count; k++) ((mil_real *)p->data)[k] += (mil_real)(0.5 * memory_noise(&state));
+        p->version++;
+    }
+}
+
+static void end(void)
+{
+    mil_model_free(model);
+    mil_context_free(ctx);
+    CHECK(mem.bytes == 0);
+}
+
+static mil_scorer *make_scorer(int64_t capacity)
+{
+    mil_scorer_options o = mil_scorer_options_default();
+    o.capacity = capacity;
+    o.results = EVERYTHING;
+    mil_scorer *s = mil_scorer_create(model, &o);
+    if (!CHECK(s != NULL)) puts(mil_error(ctx));
+    return s;
+}
+
+static void read_all(mil_scorer *s, answers *a)
+{
+    memset(a, 0, sizeof *a);
+    a->n = mil_scorer_count(s, MIL_ATTENTION);
+    CHECK(mil_scorer_read(s, MIL_LOGITS, a->logits, C) == MIL_OK);
+    CHECK(mil_scorer_read(s, MIL_PROBABILITIES, a->probabilities, C) == MIL_OK);
+    CHECK(mil_scorer_read(s, MIL_ATTENTION, a->attention, a->n) == MIL_OK);
+    CHECK(mil_scorer_read(s, MIL_WEIGHTS, a->weights, a->n) == MIL_OK);
+    CHECK(mil_scorer_read(s, MIL_CONTRIBUTION, a->contribution, a->n * C) == MIL_OK);
+    CHECK(mil_scorer_read(s, MIL_SLIDE_FEATS, a->slide, 20) == MIL_OK);
+}
+
+static mil_bag bag_of(const mil_real *rows, int64_t n)
+{
+    mil_bag b;
+    memset(&b, 0, sizeof b);
+    b.features = mil_tensor_matrix(rows, MIL_REAL_DTYPE, n, D);
+    return b;
+}
+
+static void score_whole(int64_t n, answers *a)
+{
+    const mil_bag b = bag_of(bag, n);
+    mil_scorer *s = make_scorer(0);
+    CHECK(mil_scorer_score(s, &b) == MIL_OK);
+    read_all(s, a);
+    CHECK(a->n == n);
+    mil_scorer_free(s);
+}
+
+static int same_bits(const answers *a, const answers *b) { return memcmp(a, b, sizeof *a) == 0; }
+
+// The same bag through the tape, without streams, tiles or packed weights.
+static void score_recorded(const mil_bag *b, answers *a)
+{
+    mil_tape *tape = NULL;
+    mil_outputs out;
+    memset(a, 0, sizeof *a);
+    a->n = b->features.shape[b->features.rank - 2];
+    CHECK(mil_tape_create(ctx, &tape) == MIL_OK);
+    mil_tape_set(tape, MIL_TAPE_NO_GROUPS, 1);
+    mil_tape_set(tape, MIL_TAPE_NO_REUSE, 1);
+    CHECK(mil_model_record(tape, model, b, NULL, &out) == MIL_OK);
+    mil_node_keep(out.logits);
+    mil_node_keep(out.attention_scores);
+    mil_node_keep(out.attention_weights);
+    mil_node_keep(out.contribution);
+    mil_node_keep(out.slide_feats);
+    CHECK(mil_tape_run(tape) == MIL_OK);
+    CHECK(mil_node_read(out.logits, a->logits, C) == MIL_OK);
+    CHECK(mil_node_read(out.attention_scores, a->attention, a->n) == MIL_OK);
+    CHECK(mil_node_read(out.attention_weights, a->weights, a->n) == MIL_OK);
+    CHECK(mil_node_read(out.contribution, a->contribution, a->n * C) == MIL_OK);
+    CHECK(mil_node_read(out.slide_feats, a->slide, 20) == MIL_OK);
+    mil_tape_free(tape);
+}
+
+// ---- pieces, threads ----
+TEST(whole_bag_agrees_with_the_recorded_model)
+{
+    begin(1, NULL);
+    const mil_bag b = bag_of(bag, N);
+    score_whole(N, &whole);
+    score_recorded(&b, &now);
+    for (int c = 0; c < C; c++) CHECK_NEAR(whole.logits[c], now.logits[c], ROUNDING);
+    for (int n = 0; n < N; n++) CHECK_NEAR(whole.attention[n], now.attention[n], ROUNDING);
+    for (int n = 0; n < N; n++) CHECK_NEAR(whole.weights[n], now.weights[n], ROUNDING);
+    for (int n = 0; n < N * C; n++) CHECK_NEAR(whole.contribution[n], now.contribution[n], ROUNDING);
+    for (int e = 0; e < 20; e++) CHECK_NEAR(whole.slide[e], now.slide[e], ROUNDING);
+    double sum = 0;
+    for (int c = 0; c < C; c++) sum += (double)whole.probabilities[c];
+    CHECK_NEAR(sum, 1, 1e-6);
+    end();
+}
+
+TEST(pushes_of_any_size_give_the_bits_of_the_whole_bag)
+{
+    static const int sizes[] = { 1, 7, 127, 128, 129, 256, 1000, 0 };          // 0: random pieces
+    begin(1, NULL);
+    score_whole(N, &whole);
+    for (int k = 0; k < 8; k++) {
+        uint64_t state = 11;
+        mil_scorer *s = make_scorer(0);
+        for (int64_t at = 0; at < N; ) {
+            int64_t n = sizes[k] ? sizes[k] : (int64_t)(150 * (1 + memory_noise(&state)));
+            if (n > N - at) n = N - at;
+            CHECK(mil_scorer_push(s, bag + at * D, n, 0, MIL_REAL_DTYPE) == MIL_OK);
+            at += n;
+            CHECK(mil_scorer_instances(s) == at);
+        }
+        read_all(s, &now);
+        CHECK(same_bits(&whole, &now));
+        mil_scorer_free(s);
+    }
+    end();
+}
+
+TEST(any_number_of_threads_gives_the_same_bits)
+{
+    static const int threads[] = { 2, 3, 5, 8 };
+    begin(1, NULL);
+    score_whole(N, &whole);
+    end();
+    for (int k = 0; k < 4; k++)
+        for (int host = 0; host < 2; host++) {
+            long loops = 0;
+            begin(threads[k], host ? &loops : NULL);
+            score_whole(N, &now);
+            CHECK(same_bits(&whole, &now));
+            mil_scorer *s = make_scorer(0);
+            for (int64_t at = 0; at < N; at += 300) CHECK(mil_scorer_push(s, bag + at * D, 300, 0, MIL_REAL_DTYPE) == MIL_OK);
+            read_all(s, &now);
+            CHECK(same_bits(&whole, &now));
+            mil_scorer_free(s);
+            CHECK(!host || loops > 0);
+            end();
+        }
+}
+
+TEST(results_so_far_are_those_of_a_bag_that_ends_there_and_change_nothing)
+{
+    begin(1, NULL);
+    mil_scorer *s = make_scorer(0);
+    for (int64_t at = 0; at < N; ) {
+        const int64_t n = at < 300 ? 75 : 225;
+        CHECK(mil_scorer_push(s, bag + at * D, n, 0, MIL_REAL_DTYPE) == MIL_OK);
+        at += n;
+        read_all(s, &now);
+        score_whole(at, &whole);
+        CHECK(same_bits(&whole, &now));
+        read_all(s, &now);                                 // asking twice is asking once
+        CHECK(same_bits(&whole, &now));
+    }
+    mil_scorer_free(s);
+    end();
+}
+
+TEST(a_scorer_is_used_again_after_reset)
+{
+    begin(1, NULL);
+    score_whole(200, &whole);
+    mil_scorer *s = make_scorer(0);
+    for (int k = 0; k < 3; k++) {
+        CHECK(mil_scorer_push(s, bag + 5 * D, 700 + k, 0, MIL_REAL_DTYPE) == MIL_OK);
+        if (k) read_all(s, &now);
+        mil_scorer_reset(s);
+        CHECK(mil_scorer_instances(s) == 0);
+        CHECK(mil_scorer_read(s, MIL_LOGITS, now.logits, C) == MIL_ERROR_STATE);
+        CHECK(mil_scorer_push(s, bag, 200, 0, MIL_REAL_DTYPE) == MIL_OK);
+        read_all(s, &now);
+        CHECK(same_bits(&whole, &now));
+        mil_scorer_reset(s);
+    }
+    mil_scorer_free(s);
+    end();
+}
+
+TEST(a_masked_bag_between_streams_leaves_no_trace)
+{
+    begin(1, NULL);
+    score_whole(200, &whole);
+    unsigned char mask[200];
+    memset(mask, 1, sizeof mask);
+    mil_bag b = bag_of(bag, 200);
+    b.mask = mil_tensor_matrix(mask, MIL_U8, 1, 200);
+    b.mask.rank = 1;
+    b.mask.shape[0] = 200;
+    mil_scorer *s = make_scorer(0);
+    CHECK(mil_scorer_push(s, bag + 9 * D, 100, 0, MIL_REAL_DTYPE) == MIL_OK);
+    CHECK(mil_scorer_score(s, &b) == MIL_OK);
+    CHECK(mil_scorer_instances(s) == 200);
+    read_all(s, &now);
+    for (int c = 0; c < C; c++) CHECK_NEAR(now.logits[c], whole.logits[c], ROUNDING);
+    CHECK(mil_scorer_push(s, bag, 200, 0, MIL_REAL_DTYPE) == MIL_OK);
+    CHECK(mil_scorer_instances(s) == 200);
+    read_all(s, &now);
+    CHECK(same_bits(&whole, &now));
+    mil_scorer_free(s);
+    end();
+}
+
+// ---- rows of every kind ----
+static uint16_t to_half(float x)                           // exact for the multiples of 1/8 below 16 that are used here
+{
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    if ((u & 0x7fffffffu) == 0) return (uint16_t)(u >> 16);
+    return (uint16_t)((u >> 16 & 0x8000u) | (((u >> 23 & 255u) - 112u) << 10) | (u >> 13 & 1023u));
+}
+
+TEST(rows_of_any_type_stride_and_alignment)
+{
+    static const mil_dtype dtypes[] = { MIL_F32, MIL_F64, MIL_F16, MIL_BF16, MIL_I8, MIL_U8, MIL_I16, MIL_U16, MIL_I32, MIL_U32, MIL_I64, MIL_U64 };
+    enum { M = 300, STEP = D * 8 + 12 };
+    static char room[M * STEP + 16];
+    begin(1, NULL);
+    for (int k = 0; k < 12; k++) {
+        const mil_dtype dtype = dtypes[k];
+        const size_t width = mil_dtype_size(dtype);
+        const int whole_numbers = k >= 4, no_sign = dtype == MIL_U8 || dtype == MIL_U16 || dtype == MIL_U32 || dtype == MIL_U64;
+        for (int form = 0; form < 3; form++) {             // packed; strided; strided and at an odd address
+            const size_t step = form ? STEP : D * width;
+            char *rows = room + (form == 2 ? 1 : 0);
+            uint64_t state = 5;
+            for (int r = 0; r < M; r++)
+                for (int c = 0; c < D; c++) {
+                    double v = floor(8 * memory_noise(&state)) / (whole_numbers ? 1 : 8);
+                    if (no_sign) v = fabs(v);
+                    const float f = (float)v;
+                    const int64_t i = (int64_t)v;
+                    uint32_t u;
+                    memcpy(&u, &f, sizeof u);
+                    const uint16_t half = to_half(f), brain = (uint16_t)(u >> 16);
+                    char *to = rows + (size_t)r * step + (size_t)c * width;
+                    if (dtype == MIL_F32) memcpy(to, &f, 4);
+                    else if (dtype == MIL_F64) memcpy(to, &v, 8);
+                    else if (dtype == MIL_F16) memcpy(to, &half, 2);
+                    else if (dtype == MIL_BF16) memcpy(to, &brain, 2);
+                    else for (size_t b = 0; b < width; b++) to[b] = (char)((uint64_t)i >> (8 * b) & 255);      // little-endian, as this machine
+                    bag[r * D + c] = (mil_real)v;
+                }
+            score_whole(M, &whole);
+            mil_scorer *s = make_scorer(0);
+            CHECK(mil_scorer_push(s, rows, 150, form ? step : 0, dtype) == MIL_OK);
+            CHECK(mil_scorer_push(s, rows + 150 * step, M - 150, form ? step : 0, dtype) == MIL_OK);
+            read_all(s, &now);
+            if (!CHECK(same_bits(&whole, &now))) printf("%s, form %d\n", mil_dtype_name(dtype), form);
+            mil_bag b;
+            memset(&b, 0, sizeof b);
+            b.features = mil_tensor_matrix(rows, dtype, M, D);
+            if (form) b.features.stride[0] = STEP, b.features.stride[1] = (int64_t)width;
+            CHECK(mil_scorer_score(s, &b) == MIL_OK);
+            read_all(s, &now);
+            if (!CHECK(same_bits(&whole, &now))) printf("%s, form %d, as a bag\n", mil_dtype_name(dtype), form);
+            mil_scorer_free(s);
+        }
+    }
+    end();
+}
+
+// ---- what is refused ----
+TEST(rows_that_are_not_finite_are_refused_and_the_bag_is_as_before)
+{
+    static mil_real bad[700 * D];
+    static const int place[] = { 0, 5, 127, 128, 300, 640, 699 };
+    static const int before[] = { 0, 1, 100, 128, 256, 300 };
+    begin(1, NULL);
+    for (int b = 0; b < 6; b++) {
+        score_whole(before[b] + 50, &whole);
+        for (int p = 0; p < 7; p++)
+            for (int form = 0; form < 3; form++) {         // NaN; infinity; a row stride, so that rows go through the stage
+                mil_scorer *s = make_scorer(0);
+                CHECK(mil_scorer_push(s, bag, before[b], 0, MIL_REAL_DTYPE) == MIL_OK);
+                memcpy(bad, bag, sizeof bad);
+                bad[place[p] * D + 17] = (mil_real)(form == 1 ? INFINITY : NAN);
+                if (form < 2) CHECK(mil_scorer_push(s, bad, 700, 0, MIL_REAL_DTYPE) == MIL_ERROR_NUMERIC);
+                else {
+                    for (int r = 349; r >= 0; r--) memmove(bad + 2 * r * D, bad + r * D, D * sizeof(mil_real));
+                    bad[2 * (place[p] / 2) * D + 3] = (mil_real)-INFINITY;
+                    CHECK(mil_scorer_push(s, bad, 350, 2 * D * sizeof(mil_real), MIL_REAL_DTYPE) == MIL_ERROR_NUMERIC);
+                }
+                char part[32];
+                snprintf(part, sizeof part, "row %d ", form < 2 ? place[p] : place[p] / 2);
+                CHECK_CONTAINS(mil_error(ctx), part);
+                CHECK(mil_scorer_instances(s) == before[b]);
+                CHECK(mil_scorer_push(s, bag + before[b] * D, 50, 0, MIL_REAL_DTYPE) == MIL_OK);
+                read_all(s, &now);
+                CHECK(same_bits(&whole, &now));
+                mil_scorer_free(s);
+            }
+    }
+    end();
+}
+
+TEST(arguments_that_make_no_sense_are_refused)
+{
+    begin(1, NULL);
+    mil_scorer *s = make_scorer(0);
+    CHECK(mil_scorer_push(s, NULL, 1, 0, MIL_F32) == MIL_ERROR_ARGUMENT);
+    CHECK(mil_scorer_push(s, bag, -1, 0, MIL_F32) == MIL_ERROR_ARGUMENT);
+    CHECK(mil_scorer_push(s, bag, 1, 7, MIL_F32) == MIL_ERROR_ARGUMENT);
+    CHECK_CONTAINS(mil_error(ctx), "stride 7");
+    CHECK(mil_scorer_push(s, bag, 1, 0, (mil_dtype)99) == MIL_ERROR_ARGUMENT);
+    CHECK(mil_scorer_push(NULL, bag, 1, 0, MIL_F32) == MIL_ERROR_ARGUMENT);
+    CHECK(mil_scorer_push(s, NULL, 0, 0, MIL_F32) == MIL_OK);
+    CHECK(mil_scorer_read(s, MIL_LOGITS, now.logits, C) == MIL_ERROR_STATE);
+    CHECK(mil_scorer_score(s, NULL) == MIL_ERROR_ARGUMENT);
+    CHECK(mil_scorer_push(s, bag, 4, 0, MIL_REAL_DTYPE) == MIL_OK);
+    CHECK(mil_scorer_read(s, MIL_LOGITS, now.logits, C - 1) == MIL_ERROR_ARGUMENT);
+    CHECK_CONTAINS(mil_error(ctx), "logits has 3 elements, not 2");
+    CHECK(mil_scorer_read(s, (mil_result)77, now.logits, 1) == MIL_ERROR_UNSUPPORTED);
+    CHECK(mil_scorer_count(s, (mil_result)-1) == 0);
+    mil_bag b = bag_of(bag, 4);
+    b.features.shape[1] = D - 1;
+    CHECK(mil_scorer_score(s, &b) == MIL_ERROR_ARGUMENT || mil_error_status(ctx) == MIL_ERROR_SHAPE);
+    CHECK(mil_error(ctx)[0] != 0);
+    CHECK(mil_scorer_push(s, bag, 4, 0, MIL_REAL_DTYPE) == MIL_OK);
+    mil_scorer_free(s);
+    mil_scorer_options o = mil_scorer_options_default();
+    o.capacity = -1;
+    CHECK(mil_scorer_create(model, &o) == NULL);
+    o.capacity = 0;
+    o.results = 1u << 20;
+    CHECK(mil_scorer_create(model, &o) == NULL);
+    mil_scorer_free(NULL);
+    mil_scorer_reset(NULL);
+    end();
+}
+
+// A model whose middle needs all rows at once: each instance less the mean instance, by a product with a [N, N] matrix of 1/N.
+typedef struct centred_config { int64_t in_dim, num_classes; } centred_config;
+typedef struct centred { mil_linear_layer head; } centred;
+static const mil_option centred_options[] = {
+    { "in_dim", MIL_OPTION_INT, offsetof(centred_config, in_dim), "24", NULL, "" },
+    { "num_classes", MIL_OPTION_INT, offsetof(centred_config, num_classes), "3", NULL, "" }
+};
+static const mil_config centred_configs[] = { { "base", "" } };
+
+static void centred_declare(mil_builder *b, void *m, const void *config)
+{
+    const centred_config *c = (const centred_config *)config;
+    ((centred *)m)->head = mil_declare_linear(b, c->in_dim, c->num_classes, 1, MIL_LINEAR_TORCH, "head");
+}
+
+static void centred_forward(const void *m, const void *config, const mil_inputs *in, mil_outputs *out)
+{
+    (void)config;
+    const int64_t n = in->features->shape[1], shape[3] = { 1, n, n };
+    mil_tape_push(in->tape, "centre");
+    mil_node *x = mil_sub(in->features, mil_matmul(mil_constant(in->tape, 3, shape, 1.0 / (double)n), in->features));
+    mil_tape_pop(in->tape);
+    out->logits = mil_squeeze(mil_max(mil_linear_forward(&((const centred *)m)->head, x), 1), 1);
+}
+
+// The mean over instances by hand, with a factor 1/N that would be another bag's in a stream.
+static void counted_forward(const void *m, const void *config, const mil_inputs *in, mil_outputs *out)
+{
+    (void)config;
+    mil_node *sum = mil_sum(in->features, 1);
+    out->logits = mil_linear_forward(&((const centred *)m)->head, mil_squeeze(mil_affine(sum, 1.0 / (double)in->features->shape[1], 0), 1));
+}
+
+static mil_architecture centred_architecture(const char *name, void (*forward)(const void *, const void *, const mil_inputs *, mil_outputs *))
+{
+    mil_architecture arch;
+    memset(&arch, 0, sizeof arch);
+    arch.name = name;
+    arch.prefix = "";
+    arch.options = centred_options;
+    arch.option_count = 2;
+    arch.config_size = sizeof(centred_config);
+    arch.configs = centred_configs;
+    arch.config_count = 1;
+    arch.model_size = sizeof(centred);
+    arch.declare = centred_declare;
+    arch.forward = forward;
+    return arch;
+}
+
+TEST(a_model_that_uses_the_number_of_instances_is_not_streamed)
+{
+    const mil_architecture arch = centred_architecture("counted", counted_forward);
+    begin(1, NULL);
+    CHECK(mil_register(ctx, &arch) == MIL_OK);
+    mil_model *other = mil_create(ctx, "counted", "in_dim=24");
+    mil_scorer *s = mil_scorer_create(other, NULL);
+    CHECK(mil_scorer_push(s, bag, 4, 0, MIL_REAL_DTYPE) == MIL_ERROR_UNSUPPORTED);
+    CHECK_CONTAINS(mil_error(ctx), "affine depends on the number of instances");
+    const mil_bag b = bag_of(bag, 4);
+    CHECK(mil_scorer_score(s, &b) == MIL_OK);
+    CHECK(mil_scorer_read(s, MIL_LOGITS, now.logits, C) == MIL_OK);
+    const mil_real *w = (const mil_real *)mil_model_find(other, "head.weight")->data, *c = (const mil_real *)mil_model_find(other, "head.bias")->data;
+    for (int k = 0; k < C; k++) {
+        double y = (double)c[k];
+        for (int j = 0; j < D; j++) y += (double)w[k * D + j] * (double)(bag[j] + bag[D + j] + bag[2 * D + j] + bag[3 * D + j]) / 4;
+        CHECK_NEAR(now.logits[k], y, ROUNDING);
+    }
+    mil_scorer_free(s);
+    mil_model_free(other);
+    end();
+}
+
+TEST(a_model_that_needs_all_rows_is_refused_with_its_op_and_scored_whole)
+{
+    const mil_architecture arch = centred_architecture("centred", centred_forward);
+    begin(1, NULL);
+    CHECK(mil_register(ctx, &arch) == MIL_OK);
+    mil_model *other = mil_create(ctx, "centred", "in_dim=24");
+    if (!CHECK(other != NULL)) { puts(mil_error(ctx)); return; }
+    mil_scorer *s = mil_scorer_create(other, NULL);
+    if (!CHECK(s != NULL)) { puts(mil_error(ctx)); return; }
+    CHECK(mil_scorer_count(s, MIL_LOGITS) == 0);
+    CHECK(mil_scorer_push(s, bag, 4, 0, MIL_REAL_DTYPE) == MIL_ERROR_UNSUPPORTED);
+    CHECK_CONTAINS(mil_error(ctx), "centred.base.uni.none cannot be streamed");
+    CHECK_CONTAINS(mil_error(ctx), "linear needs all instances at once");
+    CHECK_CONTAINS(mil_error(ctx), "centre");
+    CHECK(mil_scorer_read(s, MIL_LOGITS, now.logits, C) == MIL_ERROR_STATE);
+    mil_real first[C];
+    for (int64_t n = 1; n <= 40; n += 13) {
+        const mil_bag b = bag_of(bag, n);
+        CHECK(mil_scorer_score(s, &b) == MIL_OK);
+        CHECK(mil_scorer_instances(s) == n);
+        CHECK(mil_scorer_read(s, MIL_LOGITS, first, C) == MIL_OK);
+        CHECK(mil_scorer_read(s, MIL_ATTENTION, now.attention, n) == MIL_ERROR_UNSUPPORTED);
+        const mil_param *w = mil_model_find(other, "head.weight"), *c = mil_model_find(other, "head.bias");
+        for (int k = 0; k < C; k++) {
+            double best = -1e30;
+            for (int64_t i = 0; i < n; i++) {
+                double y = (double)((const mil_real *)c->data)[k];
+                for (int j = 0; j < D; j++) {
+                    double mean = 0;
+                    for (int64_t r = 0; r < n; r++) mean += (double)bag[r * D + j] / (double)n;
+                    y += (double)((const mil_real *)w->data)[k * D + j] * ((double)bag[i * D + j] - mean);
+                }
+                best = y > best ? y : best;
+            }
+            CHECK_NEAR(first[k], best, ROUNDING);
+        }
+    }
+    mil_scorer_free(s);
+    const size_t before = mil_context_bytes(ctx), announced = mil_scorer_bytes(other, NULL, 40);
+    CHECK(mil_context_bytes(ctx) == before);
+    const mil_bag b = bag_of(bag, 40);
+    s = mil_scorer_create(other, NULL);
+    CHECK(mil_scorer_score(s, &b) == MIL_OK);
+    const size_t held = mil_context_bytes(ctx) - before;
+    if (!CHECK(held <= announced && announced <= held + held / 10 + 4096)) printf("%d announced, %d held\n", (int)announced, (int)held);
+    mil_scorer_free(s);
+    mil_model_free(other);
+    end();
+}
+
+// ---- memory ----
+TEST(scoring_allocates_nothing_after_set_up)
+{
+    for (int threads = 1; threads <= 3; threads += 2) {
+        begin(threads, NULL);
+        mil_scorer *s = make_scorer(N);
+        const long calls = mem.calls;
+        const size_t bytes = mem.bytes;
+        const mil_bag b = bag_of(bag, N);
+        for (int k = 0; k < 3; k++) {
+            CHECK(mil_scorer_score(s, &b) == MIL_OK);
+            read_all(s, &now);
+            mil_scorer_reset(s);
+            for (int64_t at = 0; at < N; at += 100) {
+                CHECK(mil_scorer_push(s, bag + at * D, 100, 0, MIL_REAL_DTYPE) == MIL_OK);
+                CHECK(mil_scorer_read(s, MIL_LOGITS, now.logits, C) == MIL_OK);
+            }
+        }
+        CHECK(mem.calls == calls && mem.bytes == bytes);
+        mil_scorer_free(s);
+        end();
+    }
+}
+
+TEST(a_bag_that_outgrows_the_reserve_keeps_its_bits)
+{
+    begin(1, NULL);
+    fill_bag();
+    static mil_real large[5000 * D];
+    static mil_real a[5000], b[5000];
+    uint64_t state = 9;
+    for (int i = 0; i < 5000 * D; i++) large[i] = (mil_real)memory_noise(&state);
+    mil_scorer *grown = mil_scorer_create(model, NULL), *made = make_scorer(5000);
+    for (int64_t at = 0; at < 5000; at += 500) {
+        CHECK(mil_scorer_push(grown, large + at * D, 500, 0, MIL_REAL_DTYPE) == MIL_OK);
+        CHECK(mil_scorer_push(made, large + at * D, 500, 0, MIL_REAL_DTYPE) == MIL_OK);
+    }
+    mil_real x[C], y[C];
+    CHECK(mil_scorer_read(grown, MIL_LOGITS, x, C) == MIL_OK && mil_scorer_read(made, MIL_LOGITS, y, C) == MIL_OK);
+    CHECK(memcmp(x, y, sizeof x) == 0);
+    CHECK(mil_scorer_read(grown, MIL_ATTENTION, a, 5000) == MIL_OK && mil_scorer_read(made, MIL_ATTENTION, b, 5000) == MIL_OK);
+    CHECK(memcmp(a, b, sizeof a) == 0);
+    mil_scorer_free(grown);
+    mil_scorer_free(made);
+    end();
+}
+
+TEST(bytes_are_known_beforehand)
+{
+    static const int64_t sizes[] = { 1, 1024, 1500, 4000 };
+    for (int threads = 1; threads <= 2; threads++)
+        for (int k = 0; k < 4; k++) {
+            begin(threads, NULL);
+            mil_scorer_options o = mil_scorer_options_default();
+            o.capacity = sizes[k];
+            const size_t before = mil_context_bytes(ctx), announced = mil_scorer_bytes(model, &o, sizes[k]);
+            CHECK(mil_context_bytes(ctx) == before);
+            mil_scorer *s = mil_scorer_create(model, &o);
+            const mil_bag b = bag_of(bag, sizes[k] < N ? sizes[k] : N);
+            CHECK(mil_scorer_score(s, &b) == MIL_OK);
+            CHECK(mil_scorer_read(s, MIL_LOGITS, now.logits, C) == MIL_OK);
+            const size_t held = mil_context_bytes(ctx) - before;
+            if (!CHECK(held <= announced && announced <= held + held / 10 + 4096)) printf("%d instances: %d announced, %d held\n", (int)sizes[k], (int)announced, (int)held);
+            mil_scorer_free(s);
+            CHECK(mil_context_bytes(ctx) == before);
+            end();
+        }
+}
+
+TEST(memory_grows_by_the_scores_alone)
+{
+    begin(1, NULL);
+    mil_scorer_options o = mil_scorer_options_default();
+    o.results = 0;
+    const size_t none = mil_scorer_bytes(model, &o, 2000), many = mil_scorer_bytes(model, &o, 2000000);
+    CHECK(none > 0 && many == none);                       // logits alone: not a byte per instance
+    o.results = 1u << MIL_ATTENTION;
+    const size_t few = mil_scorer_bytes(model, &o, 2000), lots = mil_scorer_bytes(model, &o, 2002000);
+    const double each = (double)(lots - few) / 2000000;
+    CHECK(each >= sizeof(mil_real) && each < 1.01 * sizeof(mil_real));
+    end();
+}
+
+TEST(each_failing_allocation_is_an_error_and_the_bag_is_as_before)
+{
+    begin(1, NULL);
+    score_whole(100, &whole);
+    for (int after = 0; after < 2; after++) {
+        int done = 0;
+        long at;
+        for (at = 0; at < 3000 && !done; at++) {           // creating
+            const size_t before = mil_context_bytes(ctx);
+            mem.fail_at = mem.calls + at;
+            mem.fail_after = after;
+            mil_scorer *s = mil_scorer_create(model, NULL);
+            mem.fail_at = -1;
+            done = s != NULL;
+            if (!done) CHECK(mil_error_status(ctx) == MIL_ERROR_NO_MEMORY && mil_error(ctx)[0] != 0);
+            mil_scorer_free(s);
+            CHECK(mil_context_bytes(ctx) == before);
+        }
+        CHECK(done && at > 10);
+        done = 0;
+        for (at = 0; at < 3000 && !done; at++) {           // growing from 1024 and more
+            mil_scorer_options o = mil_scorer_options_default();
+            static mil_real many[1600 * D];
+            o.results = EVERYTHING;
+            mil_scorer *s = mil_scorer_create(model, &o);
+            if (!CHECK(s != NULL)) return;
+            CHECK(mil_scorer_push(s, bag, 60, 0, MIL_REAL_DTYPE) == MIL_OK);
+            mem.fail_at = mem.calls + at;
+            mem.fail_after = after;
+            const mil_status status = mil_scorer_push(s, many, 1600, 0, MIL_REAL_DTYPE);
+            mem.fail_at = -1;
+            done = status == MIL_OK;
+            CHECK(done || status == MIL_ERROR_NO_MEMORY);
+            if (!done) {
+                CHECK(mil_scorer_instances(s) == 60);
+                CHECK(mil_scorer_push(s, bag + 60 * D, 40, 0, MIL_REAL_DTYPE) == MIL_OK);
+                read_all(s, &now);
+                CHECK(same_bits(&whole, &now));
+            }
+            mil_scorer_free(s);
+        }
+        CHECK(done && at > 10);
+    }
+    mil_scorer *s = make_scorer(0);                        // bytes in a context without memory: 0, and no leak
+    const size_t before = mil_context_bytes(ctx);
+    mem.fail_at = mem.calls;
+    mem.fail_after = 1;
+    CHECK(mil_scorer_bytes(model, NULL, 10) == 0);
+    mem.fail_at = -1;
+    CHECK(mil_context_bytes(ctx) == before);
+    mil_scorer_free(s);
+    end();
+}
+
+TEST(everything_in_one_fixed_block)
+{
+    static char block[4 << 20];
+    fill_bag();
+    begin(1, NULL);
+    mil_model_init(model, 5);
+    score_whole(N, &whole);
+    end();
+    mil_context_options o = mil_context_options_default();
+    o.threads = 1;
+    o.memory = block;
+    o.memory_size = sizeof block;
+    CHECK(mil_context_create(&ctx, &o) == MIL_OK);
+    for (int k = 0; k < 3; k++) {
+        model = mil_create(ctx, NAME, OPTIONS);
+        CHECK(model != NULL && mil_model_init(model, 5) == MIL_OK);
+        mil_scorer *s = make_scorer(N);
+        CHECK(mil_scorer_push(s, bag, N, 0, MIL_REAL_DTYPE) == MIL_OK);
+        read_all(s, &now);
+        CHECK(same_bits(&whole, &now));
+        mil_scorer_free(s);
+        mil_model_free(model);
+    }
+    CHECK(mil_create(ctx, NAME, "embed_dim=4096") == NULL);
+    CHECK(mil_error_status(ctx) == MIL_ERROR_NO_MEMORY);
+    model = mil_create(ctx, NAME, OPTIONS);
+    CHECK(model != NULL);
+    mil_model_free(model);
+    mil_context_free(ctx);
+    o.memory_size = 64;
+    CHECK(mil_context_create(&ctx, &o) == MIL_ERROR_ARGUMENT || ctx == NULL);
+}
+
+// ---- what pooling means ----
+TEST(every_patch_twice_changes_no_logit)
+{
+    begin(1, NULL);
+    score_whole(600, &whole);
+    memcpy(bag + 600 * D, bag, 600 * D * sizeof *bag);
+    score_whole(1200, &now);
+    for (int c = 0; c < C; c++) CHECK_NEAR(now.logits[c], whole.logits[c], ROUNDING);
+    for (int n = 0; n < 600; n++) CHECK_NEAR(2 * now.weights[n], whole.weights[n], ROUNDING);
+    end();
+}
+
+TEST(permuted_rows_permute_attention_and_keep_logits)
+{
+    begin(1, NULL);
+    static mil_real turned[N * D];
+    score_whole(N, &whole);
+    for (int n = 0; n < N; n++) memcpy(turned + (n * 7 % N) * D, bag + n * D, D * sizeof *bag);                 // 7 and N share no factor
+    memcpy(bag, turned, sizeof turned);
+    score_whole(N, &now);
+    for (int c = 0; c < C; c++) CHECK_NEAR(now.logits[c], whole.logits[c], ROUNDING);
+    for (int n = 0; n < N; n++) {
+        CHECK_NEAR(now.attention[n * 7 % N], whole.attention[n], ROUNDING);
+        for (int c = 0; c < C; c++) CHECK_NEAR(now.contribution[n * 7 % N * C + c], whole.contribution[n * C + c], ROUNDING);
+    }
+    end();
+}
+
+TEST(contributions_and_bias_sum_to_the_logits)
+{
+    begin(1, NULL);
+    score_whole(N, &whole);
+    const mil_real *bias = (const mil_real *)mil_model_find(model, "classifier.bias")->data;
+    for (int c = 0; c < C; c++) {
+        double sum = (double)bias[c];
+        for (int n = 0; n < N; n++) sum += (double)whole.contribution[n * C + c];
+        CHECK_NEAR(sum, whole.logits[c], ROUNDING);
+    }
+    end();
+}
+
+TEST(a_nan_in_a_masked_row_spoils_nothing)
+{
+    begin(1, NULL);
+    score_whole(500, &whole);
+    unsigned char mask[700];
+    static mil_real padded[700 * D];
+    int64_t real = 0;
+    for (int n = 0; n < 700; n++) {
+        mask[n] = n % 7 < 5;
+        for (int j = 0; j < D; j++) padded[n * D + j] = mask[n] ? bag[real * D + j] : (mil_real)(n % 2 ? NAN : INFINITY);
+        real += mask[n];
+    }
+    CHECK(real == 500);
+    mil_bag b = bag_of(padded, 700);
+    b.mask = mil_tensor_matrix(mask, MIL_U8, 1, 700);
+    b.mask.rank = 1;
+    b.mask.shape[0] = 700;
+    mil_scorer *s = make_scorer(0);
+    CHECK(mil_scorer_score(s, &b) == MIL_OK);
+    CHECK(mil_scorer_read(s, MIL_LOGITS, now.logits, C) == MIL_OK);
+    for (int c = 0; c < C; c++) CHECK_NEAR(now.logits[c], whole.logits[c], ROUNDING);
+    CHECK(mil_scorer_read(s, MIL_WEIGHTS, now.weights, 700) == MIL_OK);
+    for (int n = 0, k = 0; n < 700; n++) {
+        CHECK_NEAR(now.weights[n], mask[n] ? whole.weights[k] : 0, ROUNDING);
+        k += mask[n];
+    }
+    mil_scorer_free(s);
+    end();
+}
+
+TEST(one_logit_gives_the_sigmoid)
+{
+    fill_bag();
+    ctx = memory_context(&mem, 1, NULL);
+    model = mil_create(ctx, "abmil.torchmil", "in_dim=24 att_dim=8");
+    mil_scorer *s = mil_scorer_create(model, NULL);
+    mil_real x = 0, p = 0;
+    CHECK(mil_scorer_push(s, bag, 40, 0, MIL_REAL_DTYPE) == MIL_OK);
+    CHECK(mil_scorer_read(s, MIL_LOGITS, &x, 1) == MIL_OK && mil_scorer_read(s, MIL_PROBABILITIES, &p, 1) == MIL_OK);
+    CHECK_NEAR(p, 1 / (1 + exp(-(double)x)), 1e-6);
+    CHECK_STRING(mil_result_name(MIL_PROBABILITIES), "probabilities");
+    mil_scorer_free(s);
+    end();
+}
+
+TESTS(
+    T(whole_bag_agrees_with_the_recorded_model)
+    T(pushes_of_any_size_give_the_bits_of_the_whole_bag)
+    T(any_number_of_threads_gives_the_same_bits)
+    T(results_so_far_are_those_of_a_bag_that_ends_there_and_change_nothing)
+    T(a_scorer_is_used_again_after_reset)
+    T(a_masked_bag_between_streams_leaves_no_trace)
+    T(rows_of_any_type_stride_and_alignment)
+    T(rows_that_are_not_finite_are_refused_and_the_bag_is_as_before)
+    T(arguments_that_make_no_sense_are_refused)
+    T(a_model_that_uses_the_number_of_instances_is_not_streamed)
+    T(a_model_that_needs_all_rows_is_refused_with_its_op_and_scored_whole)
+    T(scoring_allocates_nothing_after_set_up)
+    T(a_bag_that_outgrows_the_reserve_keeps_its_bits)
+    T(bytes_are_known_beforehand)
+    T(memory_grows_by_the_scores_alone)
+    T(each_failing_allocation_is_an_error_and_the_bag_is_as_before)
+    T(everything_in_one_fixed_block)
+    T(every_patch_twice_changes_no_logit)
+    T(permuted_rows_permute_attention_and_keep_logits)
+    T(contributions_and_bias_sum_to_the_logits)
+    T(a_nan_in_a_masked_row_spoils_nothing)
+    T(one_logit_gives_the_sigmoid)
+)
