@@ -6995,7 +6995,7 @@ MILI_FN void mili_attention_rows(const mil_exec *x, const mili_attention *a,
 {
     for (int64_t at = 0; at < x->rows;) {
         const int64_t row = x->row + at, b = row / a->N, i0 = row % a->N;
-        const int64_t count = MILI_MIN(MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0), x->rows - at);
+        const int64_t count = MILI_MIN(MILI_MIN((int64_t)MILI_ATTENTION_QUERIES, a->N - i0), x->rows - at);
         tile(x, a, b, i0, count, at);
         at += count;
     }
@@ -7104,7 +7104,7 @@ MILI_FN void mili_attention_dq_task(void *arg, int64_t index, void *scratch)
     const mili_attention_job *job = (const mili_attention_job *)arg;
     const mili_attention *a = &job->a;
     const int64_t tile = index % job->tiles, head = index / job->tiles, b = head / a->H, h = head % a->H, i0 = tile * MILI_ATTENTION_QUERIES;
-    mili_attention_dq_tile(a, b, h, i0, MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0), MILI_OUT(job->x) + (b * a->N + i0) * a->H * a->d + h * a->d, scratch);
+    mili_attention_dq_tile(a, b, h, i0, MILI_MIN((int64_t)MILI_ATTENTION_QUERIES, a->N - i0), MILI_OUT(job->x) + (b * a->N + i0) * a->H * a->d + h * a->d, scratch);
 }
 
 MILI_FN void mili_attention_dq_run(const mil_exec *x)
@@ -7132,7 +7132,7 @@ MILI_FN void mili_attention_dkv_task(void *arg, int64_t index, void *scratch)
         if (dv) memset(dv + j * wv, 0, (size_t)a->e * sizeof *dv);
     }
     for (int64_t i0 = 0; i0 < a->N; i0 += MILI_ATTENTION_QUERIES) {
-        const int64_t count = MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0);
+        const int64_t count = MILI_MIN((int64_t)MILI_ATTENTION_QUERIES, a->N - i0);
         mili_attention_queries(a, b, h, i0, count, t.q);
         mili_attention_tile_grad(a, b, h, i0, count, j0, keys, &t);
         mili_product(a->K, keys, a->d, count, t.t, 1, keys, t.q, a->d, 1, NULL, dk, wk, 1, t.gemm);
@@ -7256,7 +7256,7 @@ MILI_FN void mili_attention_weights_task(void *arg, int64_t index, void *scratch
     const mili_attention_job *job = (const mili_attention_job *)arg;
     const mili_attention *a = &job->a;
     const mili_attention_scratch t = mili_attention_carve(a, scratch);
-    const int64_t tile = index % job->tiles, b = index / job->tiles, i0 = tile * MILI_ATTENTION_QUERIES, count = MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0);
+    const int64_t tile = index % job->tiles, b = index / job->tiles, i0 = tile * MILI_ATTENTION_QUERIES, count = MILI_MIN((int64_t)MILI_ATTENTION_QUERIES, a->N - i0);
     const mil_real share = 1 / (mil_real)a->H;
     mil_real *y = MILI_OUT(job->x) + (b * a->N + i0) * a->M;
     memset(y, 0, (size_t)(count * a->M) * sizeof *y);
@@ -7433,7 +7433,7 @@ MILI_FN void mili_conv_body(const mil_exec *x, int64_t begin, int64_t end)
         const int64_t image = row / c.H, t = row % c.H;
         const mil_real *in = MILI_IN(x, 0) + image * c.H * c.W * c.C;
         for (int64_t c0 = 0; c0 < c.C; c0 += MILI_CONV_CHANNELS) {
-            const int64_t width = MILI_MIN(MILI_CONV_CHANNELS, c.C - c0);
+            const int64_t width = MILI_MIN((int64_t)MILI_CONV_CHANNELS, c.C - c0);
             for (int64_t u = 0; u < c.W; u++) {
                 mil_real *y = MILI_OUT(x) + (row * c.W + u) * c.C + c0;
                 for (int64_t j = 0; j < width; j++) y[j] = !bias ? 0 : bias[c.by_image ? image % c.G : (c0 + j) / (c.C / c.G)];
@@ -7500,7 +7500,7 @@ MILI_FN void mili_conv_dw_task(void *arg, int64_t index, void *scratch)
     const mili_conv c = mili_conv_sizes(x->node, x->node->input[0], x->node);
     mil_real *acc = (mil_real *)scratch, *dw = MILI_OUT(x), *db = (mil_real *)x->second;
     if (c.G == c.C && !c.by_image) {
-        const int64_t c0 = index * MILI_CONV_CHANNELS, width = MILI_MIN(MILI_CONV_CHANNELS, c.C - c0);
+        const int64_t c0 = index * MILI_CONV_CHANNELS, width = MILI_MIN((int64_t)MILI_CONV_CHANNELS, c.C - c0);
         mili_conv_correlate(x, &c, 0, 1, c0, width, acc);
         for (int64_t j = 0; j < width; j++) {
             for (int64_t tap = 0; tap < c.taps; tap++) dw[(c0 + j) * c.taps + tap] = acc[tap * MILI_CONV_CHANNELS + j];
@@ -7512,7 +7512,7 @@ MILI_FN void mili_conv_dw_task(void *arg, int64_t index, void *scratch)
     memset(dw + index * c.taps, 0, (size_t)c.taps * sizeof *dw);
     if (db) db[index] = 0;
     for (int64_t c0 = begin; c0 < end; c0 += MILI_CONV_CHANNELS) {
-        const int64_t width = MILI_MIN(MILI_CONV_CHANNELS, end - c0);
+        const int64_t width = MILI_MIN((int64_t)MILI_CONV_CHANNELS, end - c0);
         mili_conv_correlate(x, &c, c.by_image ? index : 0, c.by_image ? c.G : 1, c0, width, acc);
         for (int64_t tap = 0; tap < c.taps; tap++) dw[index * c.taps + tap] += MILI_K(x)->sum(acc + tap * MILI_CONV_CHANNELS, width);
         if (db) db[index] += MILI_K(x)->sum(acc + c.taps * MILI_CONV_CHANNELS, width);
@@ -7704,11 +7704,11 @@ MILI_FN void mili_knn_task(void *arg, int64_t index, void *scratch)
     const mil_exec *x = (const mil_exec *)arg;
     const mil_node *q = x->node->input[0], *t = x->node->input[1];
     const int64_t N = q->shape[1], M = t->shape[1], E = q->shape[2], k = x->node->shape[2], tiles = (N + MILI_KNN_QUERIES - 1) / MILI_KNN_QUERIES;
-    const int64_t b = index / tiles, i0 = index % tiles * MILI_KNN_QUERIES, count = MILI_MIN(MILI_KNN_QUERIES, N - i0);
+    const int64_t b = index / tiles, i0 = index % tiles * MILI_KNN_QUERIES, count = MILI_MIN((int64_t)MILI_KNN_QUERIES, N - i0);
     mil_real *gemm = (mil_real *)scratch, *s = gemm + MILI_GEMM_BLOCK, *best = s + MILI_KNN_QUERIES * MILI_KNN_KEYS;
     int64_t *out = (int64_t *)x->out + (b * N + i0) * k;
     for (int64_t j0 = 0; j0 < M; j0 += MILI_KNN_KEYS) {
-        const int64_t keys = MILI_MIN(MILI_KNN_KEYS, M - j0);
+        const int64_t keys = MILI_MIN((int64_t)MILI_KNN_KEYS, M - j0);
         mili_product(MILI_K(x), count, keys, E, MILI_IN(x, 0) + (b * N + i0) * E, E, 1, MILI_IN(x, 1) + (b * M + j0) * E, 1, E, NULL, s, keys, 0, gemm);
         for (int64_t r = 0; r < count; r++) {
             mil_real *top = best + r * k;
@@ -15007,6 +15007,10 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_CHUNK_HEAD
 #undef MILI_CONVERT
 #undef MILI_COUNT
+#undef MILI_C_BOOL
+#undef MILI_C_CHOICE
+#undef MILI_C_INT
+#undef MILI_C_REAL
 #undef MILI_DEFINE_DOT4
 #undef MILI_DEFINE_EXTREME
 #undef MILI_DEFINE_FOLDS
@@ -15025,6 +15029,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_FOREIGN_DTYPE_LIST
 #undef MILI_GEMM_BLOCK
 #undef MILI_GRAD
+#undef MILI_GRAD_OPS
 #undef MILI_IN
 #undef MILI_INF
 #undef MILI_INLINE
@@ -15045,6 +15050,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_NEON_ROWS
 #undef MILI_NPY_MAX_HEADER
 #undef MILI_NR_MAX
+#undef MILI_OPS
 #undef MILI_OPTION_ROW
 #undef MILI_OS_CLOSE
 #undef MILI_OS_FSTAT
@@ -15093,6 +15099,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_ROW_START
 #undef MILI_ROW_STORE
 #undef MILI_SHAPE
+#undef MILI_STATE_VERSION
 #undef MILI_TENSORS_MAX_HEADER
 #undef MILI_TENSORS_META
 #undef MILI_THIN
