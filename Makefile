@@ -177,6 +177,8 @@ RUN = { $(1); echo "exit $$?"; } > $@ 2>&1; sed -n 's/^/$(2): /; /[0-9] passed, 
 $(B)/logs/examples.log: $(patsubst %,$(B)/examples/%,$(EXAMPLES)) FORCE | $(B)
 	@$(call RUN,sh tests/run_examples.sh $(B)/examples,examples)
 
+$(B)/logs/check_tool.log: $(B)/mil
+
 $(B)/logs/check_%.log: tests/check_%.sh mil.h FORCE | $(B)
 	@$(call RUN,CC='$(CC)' CXX='$(CXX)' sh $< $(B)/check_$*,check_$*)
 

@@ -129,6 +129,7 @@ TOOL_FN int run_train(mil_context *ctx, const arguments *a)
     text_add(&config, "\"fold_count\": %lld,\n\"bags\": %lld,\n\"dim\": %lld,\n\"data_hash\": \"%016llx\"\n}\n", s.folds ? (long long)s.count : 0LL,
              (long long)d.count, (long long)d.dim, (unsigned long long)data_hash(&d));
     make_folder(folder);
+    remove_leftovers(folder);
     char *config_path = path_join(folder, "config.json"), *splits_path = path_join(folder, "splits.csv");
     if (argument_given(a, "overwrite")) remove_run(folder);
     if (path_exists(folder, "config.json")) config_compare(ctx, config_path, folder, &config);

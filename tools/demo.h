@@ -114,13 +114,18 @@ TOOL_FN int demo(mil_context *ctx, const arguments *a, const command *commands)
     if (a->operands > 1) tool_usage("demo: one folder at most");
     if (strchr(folder, ' ')) tool_usage("demo: a folder without blanks in its name, please");
     make_folder(data);
-    make_folder(maps);
     printf("Making %lld synthetic slides in %s: tissue, small tumour regions, three scanners ...\n", (long long)slides, data);
     fflush(stdout);
     cohort_write(ctx, data, slides, seed, &patches, &tumour);
     printf("%lld patches of %d features, %.1f%% of them tumour.\n", (long long)patches, COHORT_DIM, 100.0 * (double)tumour / (double)patches);
 
+    if (argument_given(a, "data-only")) {
+        free(data); free(run); free(maps);
+        return 0;
+    }
+
     // 1. train
+    make_folder(maps);
     char *line = tool_format("train --data %s --model abmil --set embed_dim=64 --set attn_dim=32 --folds 5 --epochs 25 --lr 5e-4 --val 0.15 --out %s --overwrite --quiet --seed %llu",
                              data, run, (unsigned long long)seed);
     demo_command(ctx, commands, line);

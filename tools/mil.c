@@ -274,6 +274,7 @@ static const option heatmap_options[] = {
 
 static const option demo_options[] = {
     { "slides", "N", "120", "how many" },
+    { "data-only", NULL, NULL, "only makes the cohort, in DIR/data" },
     { "seed", "N", "0", "of the cohort and of the training" }, THREADS, { NULL, NULL, NULL, NULL } };
 static int run_demo(mil_context *ctx, const arguments *a);
 

@@ -121,6 +121,23 @@ TOOL_FN void make_folder(const char *path)
     free(p);
 }
 
+// A killed process leaves what it was writing beside its target: `state.safetensors.4711-0.tmp`.
+TOOL_FN void remove_leftovers(const char *folder)
+{
+    static const char *const files[] = { "state.safetensors.", "best.safetensors.", "last.safetensors.", "log.csv.", "config.json.", "splits.csv.",
+                                         "predictions.csv.", "metrics.json." };
+    DIR *d = opendir(folder);
+    for (struct dirent *e; d && (e = readdir(d)) != NULL;) {
+        int ours = 0;
+        for (size_t k = 0; k < sizeof files / sizeof *files; k++) ours |= strncmp(e->d_name, files[k], strlen(files[k])) == 0;
+        if (!ours || !has_ending(e->d_name, ".tmp")) continue;
+        char *path = path_join(folder, e->d_name);
+        remove(path);
+        free(path);
+    }
+    if (d) closedir(d);
+}
+
 // Fits all splits; predictions of their test and validation bags. folder NULL: nothing is written. after_fold (NULL: none) sees
 // each fitted model while it is there.
 typedef void (*fold_function)(void *user, fit *f, const split *s, int64_t fold);
@@ -145,6 +162,7 @@ TOOL_FN predictions run_splits(mil_context *ctx, const data_set *d, const recipe
         f.folder = place;
         f.name = name;
         if (place) make_folder(place);
+        if (place) remove_leftovers(place);
         fit_run(&f, p);
         all.logits = f.logits;
         for (int pass = 0; pass < 2; pass++) {
