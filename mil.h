@@ -13483,7 +13483,6 @@ MILI_FN int mili_scorer_any_length(mil_scorer *s, const mil_tape *tape)
 MILI_FN int mili_scorer_streams(mil_scorer *s, const mil_tape *tape, const mili_plan *plan, const mil_node *features, int *at)
 {
     const int64_t rows = tape->stream_capacity;
-    int64_t kept = 0;
     const mil_node *bad = NULL;
     const char *why = "";
     *at = -1;
@@ -13504,10 +13503,8 @@ MILI_FN int mili_scorer_streams(mil_scorer *s, const mil_tape *tape, const mili_
             }
             if (n->kind == MIL_KIND_WHOLE)
                 for (int a = 0; a < n->rank && !bad; a++) if (n->shape[a] == rows) { bad = n; why = "needs the number of instances"; }
-            if (!bad && step->group && step->rows == rows && n->kind == MIL_KIND_ROWS && n->plan->place == MILI_PLACE_FULL) {
-                kept += n->cols;
-                if (n->cols > MILI_STREAM_COLS + mil_model_num_classes(s->model)) { bad = n; why = "must be kept for every instance"; }
-            }
+            if (!bad && step->group && step->rows == rows && n->kind == MIL_KIND_ROWS && n->plan->place == MILI_PLACE_FULL &&
+                n->cols > MILI_STREAM_COLS + mil_model_num_classes(s->model)) { bad = n; why = "must be kept for every instance"; }
         }
     }
     if (!bad && *at >= 0) return mili_scorer_any_length(s, tape);
