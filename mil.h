@@ -534,6 +534,63 @@ typedef struct mil_mlp { mil_linear_layer linear[MIL_OPTION_LIST_SIZE]; mil_acti
 MIL_API int64_t mil_declare_mlp(mil_builder *b, int64_t in, const mil_int_list *sizes, const mil_text_list *activations, mil_mlp *out, const char *key);
 MIL_API mil_node *mil_mlp_forward(const mil_mlp *layer, mil_node *x);
 
+// Multi-head attention as torch has it: Q = q Wq^T + bq, likewise K and V, heads side by side, out = attention(Q, K, V) Wo^T + bo.
+// Keys `key.in_proj_weight` [3E, E] (Wq, Wk, Wv stacked), `key.in_proj_bias` [3E], `key.out_proj`.
+typedef struct mil_mha_layer { mil_param *weight, *bias; mil_linear_layer out; int64_t heads; double dropout; } mil_mha_layer;
+MIL_API mil_mha_layer mil_declare_mha(mil_builder *b, int64_t width, int64_t heads, double dropout, mil_linear_init out_init, const char *key, ...) MIL_PRINTF(6, 7);
+// q [B, n, E], k and v [B, m, E] -> [B, n, E]. *attention (NULL: not wanted) gets the node for mil_attention_weights.
+MIL_API mil_node *mil_mha_forward(const mil_mha_layer *layer, mil_node *q, mil_node *k, mil_node *v, mil_node *key_mask, mil_node **attention);
+
+// Nystrom attention (Xiong et al., Nystromformer, AAAI 2021) with m landmarks q~, k~, the means of runs of rows:
+//   softmax(q k~^T) pinv(softmax(q~ k~^T)) softmax(q~ k^T) v + conv(v)
+// in O(N m) time, and memory for no N x m matrix. n rows become a multiple of m by zero rows in front, which count as keys.
+typedef struct mil_nystrom_options {
+    int64_t in_dim, heads, head_dim, landmarks;
+    int64_t out_dim;                                      // of the output layer; 0: there is none
+    int64_t taps;                                         // of the residual convolution over v, one filter per head; 0: none
+    int64_t iterations;                                   // of the pseudo-inverse
+    int     per_matrix;                                   // its start is scaled by each matrix's own norms, not by the largest of all
+    int     out_bias, qkv_bias;
+    double  dropout;                                      // after the output layer
+    mil_linear_init init;
+    const char *qkv, *out, *conv;                         // keys
+} mil_nystrom_options;
+MIL_API mil_nystrom_options mil_nystrom_options_default(int64_t in_dim, int64_t heads, int64_t head_dim, int64_t landmarks);   // MIL-Lab's
+
+typedef struct mil_nystrom_layer { mil_nystrom_options o; mil_param *qkv, *qkv_bias, *conv; mil_linear_layer out; } mil_nystrom_layer;
+MIL_API mil_nystrom_layer mil_declare_nystrom(mil_builder *b, const mil_nystrom_options *options, const char *key, ...) MIL_PRINTF(3, 4);
+
+// What a forward pass computed, for mil_nystrom_weights.
+typedef struct mil_nystrom_parts { mil_node *q, *k, *q_marks, *k_marks, *inverse, *pool; int64_t padding; } mil_nystrom_parts;
+// x [B, n, in_dim] -> the first `rows` rows (-1: all) of [B, n, out_dim]: later rows cost nothing when they are not wanted. mask
+// [B, n] or NULL: missing rows are no keys and no part of landmarks (torchmil's rules). parts: NULL when not wanted.
+MIL_API mil_node *mil_nystrom_forward(const mil_nystrom_layer *layer, mil_node *x, mil_node *mask, int64_t rows, mil_nystrom_parts *parts);
+// Row `row` of the approximate attention matrix over the n keys, per head: [B, H, n]. Entries may be negative. Without a mask.
+MIL_API mil_node *mil_nystrom_weights(const mil_nystrom_layer *layer, const mil_nystrom_parts *parts, int64_t row);
+
+// Approximate Moore-Penrose inverse of a [.., m, m] by the iteration of Razavi et al. 2014 that Nystromformer uses:
+//   Z_0 = A^T / (c r),  Z <- 1/4 Z (13 I - A Z (15 I - A Z (7 I - A Z)));   c, r: the largest row and column sum of |A|, over all
+// matrices (per_matrix 0) or each matrix's own.
+MIL_API mil_node *mil_pseudo_inverse(mil_node *a, int64_t iterations, int per_matrix);
+
+// Positions by convolution: y = x + sum_i conv_i(x) on a grid x [B, H, W, C], depth-wise, k_i x k_i, with bias. PPEG (TransMIL): 7, 5, 3;
+// PEG: one. Keys `key.proj`, `key.proj1`, `key.proj2`: weight [C, 1, k, k], bias [C]. The kernels are folded into one.
+typedef struct mil_ppeg_layer { mil_param *weight[3], *bias[3]; int count; } mil_ppeg_layer;
+MIL_API mil_ppeg_layer mil_declare_ppeg(mil_builder *b, int64_t width, const int64_t *kernels, int count, mil_linear_init init, const char *key, ...) MIL_PRINTF(6, 7);
+MIL_API mil_node *mil_ppeg_forward(const mil_ppeg_layer *layer, mil_node *x);
+
+// Tokens as square regions. L rows, and zero rows behind them up to side^2, make a grid of side x side tokens, cut into squares of
+// `region` x `region`: [B, L, E] -> [B R, region^2, E], R = (side / region)^2, regions and tokens row by row; and back to the first L rows.
+MIL_API mil_node *mil_regions_split(mil_node *x, int64_t side, int64_t region);
+MIL_API mil_node *mil_regions_join(mil_node *x, int64_t bags, int64_t side, int64_t region, int64_t rows);
+
+// Region attention (R-MSA, Tang et al., CVPR 2024): multi-head attention within each region. epeg > 0: the scores of each head get
+// their convolution along the queries (that many taps, with bias) added. Keys `key.qkv` [3 H d, in], `key.proj`, `key.pe` [H, 1, epeg, 1].
+typedef struct mil_region_attention { mil_linear_layer qkv, proj; mil_param *pe, *pe_bias; int64_t heads, epeg; double dropout; } mil_region_attention;
+MIL_API mil_region_attention mil_declare_region_attention(mil_builder *b, int64_t in, int64_t heads, int64_t head_dim, int qkv_bias, int64_t epeg, double dropout,
+                                                          mil_linear_init init, const char *key, ...) MIL_PRINTF(9, 10);
+MIL_API mil_node *mil_region_attention_forward(const mil_region_attention *layer, mil_node *x);      // [R, n, in] -> [R, n, in]
+
 // ==== >>models: create by name, parameters, load and save =========================================================
 
 typedef struct mil_model mil_model;
@@ -6794,7 +6851,9 @@ MIL_DEF mil_node *mil_dropout(mil_node *x, double rate, const char *name)
 // Rudra, Re 2022), so that no [N, M] matrix exists. The second result is the log-sum-exp per query and head; from it the
 // gradients get each tile of p back. A task is one tile of queries (or keys) of one head, so bits do not depend on threads.
 // With few keys it is row-wise in the queries, which then need not exist whole.
-enum { MILI_ATTENTION_QUERIES = 128, MILI_ATTENTION_KEYS = 256, MILI_ATTENTION_FEW = 512 };
+#define MILI_ATTENTION_QUERIES 128
+#define MILI_ATTENTION_KEYS 256
+#define MILI_ATTENTION_FEW 512
 
 // i[]: heads, null keys, mask input, draw input, stream of the draw.  r[]: scale, rate.
 typedef struct mili_attention {
@@ -7397,7 +7456,7 @@ MIL_DEF mil_node *mil_identity_minus(mil_node *x, double a)
 //   y[i,t,u,c] = bias[g] + sum_{a,b} weight[g,a,b] x[i, t + a - before_h, u + b - before_w, c]
 // Filter g serves the channels g C / G .. (g + 1) C / G - 1, or with `by_image` the images i = g, g + G, ...
 // i[]: before_h, before_w, flip, by_image. flip: x is read at t - a + before_h instead, which is the gradient by x.
-enum { MILI_CONV_CHANNELS = 128 };                         // worked on at a time: their weights stay in the L1 cache
+#define MILI_CONV_CHANNELS 128                             // worked on at a time: their weights stay in the L1 cache
 
 typedef struct mili_conv { int64_t images, H, W, C, G, kh, kw, taps, before_h, before_w; int flip, by_image; } mili_conv;
 
@@ -7692,7 +7751,8 @@ MIL_DEF mil_node *mil_argsort(mil_node *x, int axis, int descending) { return mi
 // ---- neighbours ----
 // y [B, N, k]: for each row i of q the k rows j of t with the largest <q[i], t[j]>, best first. Tiles of scores and a sorted list
 // per row: no [N, M] matrix. A later j needs a truly larger score, so equal ones go to the lowest index.
-enum { MILI_KNN_QUERIES = 256, MILI_KNN_KEYS = 256 };
+#define MILI_KNN_QUERIES 256
+#define MILI_KNN_KEYS 256
 MILI_FN size_t mili_knn_scratch(const mil_node *n)
 {
     const size_t lists = (size_t)(MILI_KNN_QUERIES * n->shape[2]);
@@ -8118,6 +8178,400 @@ MIL_DEF mil_node *mil_mlp_forward(const mil_mlp *layer, mil_node *x)
     for (int i = 0; i < layer->layers; i++) x = mil_activate(mil_linear_forward(&layer->linear[i], x), layer->activation[i]);
     return x;
 }
+// ---- multi-head attention ----
+#define MILI_KEY(name, key)                                                                                                \
+    char name[128];                                                                                                        \
+    {                                                                                                                      \
+        va_list key_args;                                                                                                  \
+        va_start(key_args, key);                                                                                           \
+        vsnprintf(name, sizeof name, key, key_args);                                                                       \
+        va_end(key_args);                                                                                                  \
+    }
+
+// Part `part` of a stack of equal linear layers: x W_part^T + b_part, W and b being consecutive rows of the stack.
+MILI_FN mil_node *mili_stacked_linear(mil_node *x, mil_param *weight, mil_param *bias, int64_t part, int64_t parts)
+{
+    if (!x || !weight) return NULL;
+    const int64_t width = weight->shape[0] / parts;
+    mil_node *w = mil_slice(mil_use(x->tape, weight), 0, part * width, width);
+    return mil_linear(x, w, bias ? mil_slice(mil_use(x->tape, bias), 0, part * width, width) : NULL);
+}
+
+MIL_DEF mil_mha_layer mil_declare_mha(mil_builder *b, int64_t width, int64_t heads, double dropout, mil_linear_init out_init, const char *key, ...)
+{
+    mil_mha_layer layer;
+    mil_init init;
+    int64_t shape[2];
+    MILI_KEY(name, key)
+    shape[0] = 3 * width;
+    shape[1] = width;
+    init.kind = MIL_INIT_UNIFORM;
+    init.a = sqrt(6.0 / (double)MILI_MAX(4 * width, 1));   // torch's Xavier start of the whole stack
+    layer.weight = mil_declare(b, init, 2, shape, "%s.in_proj_weight", name);
+    init.kind = MIL_INIT_CONSTANT;
+    init.a = 0;
+    layer.bias = mil_declare(b, init, 1, shape, "%s.in_proj_bias", name);
+    layer.out = mil_declare_linear(b, width, width, 1, out_init, "%s.out_proj", name);
+    layer.heads = heads;
+    layer.dropout = dropout;
+    if (heads < 1 || width % heads) mil_declare_fail(b, MIL_ERROR_ARGUMENT, "%s: width %lld is not a multiple of %lld heads", name, (long long)width, (long long)heads);
+    return layer;
+}
+
+MIL_DEF mil_node *mil_mha_forward(const mil_mha_layer *layer, mil_node *q, mil_node *k, mil_node *v, mil_node *key_mask, mil_node **attention)
+{
+    mil_node *Q = mili_stacked_linear(q, layer->weight, layer->bias, 0, 3);                    // [B, n, E]
+    mil_node *K = mili_stacked_linear(k, layer->weight, layer->bias, 1, 3);                    // [B, m, E]
+    mil_node *V = mili_stacked_linear(v, layer->weight, layer->bias, 2, 3);
+    mil_node *o = mil_attention(Q, K, V, layer->heads, 0, key_mask, layer->dropout, "attention");
+    if (attention) *attention = o;
+    return mil_linear_forward(&layer->out, o);
+}
+
+// ---- Nystrom attention ----
+// [B, n, H d] -> [B, H, n, d], and back.
+MILI_FN mil_node *mili_split_heads(mil_node *x, int64_t heads)
+{
+    static const int axes[4] = { 0, 2, 1, 3 };
+    int64_t shape[4];
+    if (!x) return NULL;
+    shape[0] = x->shape[0];
+    shape[1] = x->shape[1];
+    shape[2] = heads;
+    shape[3] = x->shape[2] / heads;
+    return mil_permute(mil_reshape(x, 4, shape), axes);
+}
+
+MILI_FN mil_node *mili_join_heads(mil_node *x)
+{
+    static const int axes[4] = { 0, 2, 1, 3 };
+    int64_t shape[3];
+    if (!x) return NULL;
+    shape[0] = x->shape[0];
+    shape[1] = x->shape[2];
+    shape[2] = x->shape[1] * x->shape[3];
+    return mil_reshape(mil_permute(x, axes), 3, shape);
+}
+
+MIL_DEF mil_node *mil_pseudo_inverse(mil_node *a, int64_t iterations, int per_matrix)
+{
+    if (!a) return NULL;
+    const int r = a->rank;
+    if (r < 2 || r > 4 || a->shape[r - 2] != a->shape[r - 1] || a->count < 1) return mil_tape_fail(a->tape, MIL_ERROR_SHAPE, "pseudo_inverse: %s is not square", MILI_SHAPE(a));
+    mil_node *size = mil_abs(a), *sums[2], *norm = NULL;
+    int64_t flat[2], one[4] = { 1, 1, 1, 1 };
+    for (int i = 0; i < r - 2; i++) one[i] = per_matrix ? a->shape[i] : 1;
+    flat[0] = per_matrix ? a->count / (a->cols * a->cols) : 1;
+    flat[1] = -1;
+    sums[0] = mil_sum(size, -1);
+    sums[1] = mil_sum(size, -2);
+    for (int i = 0; i < 2; i++) {
+        mil_node *top = mil_reshape(mil_max(mil_reshape(sums[i], 2, flat), 1), r, one);        // c, then r
+        norm = norm ? mil_mul(norm, top) : top;
+    }
+    mil_node *z = mil_div(mil_transpose(a), norm);
+    for (int64_t i = 0; i < iterations; i++) {
+        mil_node *y = mil_matmul(a, z);
+        mil_node *t = mil_matmul(y, mil_identity_minus(y, 7));
+        t = mil_matmul(y, mil_identity_minus(t, 15));
+        z = mil_affine(mil_matmul(z, mil_identity_minus(t, 13)), 0.25, 0);
+    }
+    return z;
+}
+
+MIL_DEF mil_nystrom_options mil_nystrom_options_default(int64_t in_dim, int64_t heads, int64_t head_dim, int64_t landmarks)
+{
+    mil_nystrom_options o;
+    memset(&o, 0, sizeof o);
+    o.in_dim = o.out_dim = in_dim;
+    o.heads = heads;
+    o.head_dim = head_dim;
+    o.landmarks = landmarks;
+    o.taps = 33;
+    o.iterations = 6;
+    o.out_bias = 1;
+    o.init = MIL_LINEAR_KAIMING;
+    o.qkv = "to_qkv";
+    o.out = "to_out.0";
+    o.conv = "res_conv";
+    return o;
+}
+
+MIL_DEF mil_nystrom_layer mil_declare_nystrom(mil_builder *b, const mil_nystrom_options *options, const char *key, ...)
+{
+    mil_nystrom_layer layer;
+    const mil_nystrom_options *o = options;
+    const int64_t width = o->heads * o->head_dim;
+    MILI_KEY(name, key)
+    memset(&layer, 0, sizeof layer);
+    layer.o = *o;
+    if (o->heads < 1 || o->head_dim < 1 || o->landmarks < 1)
+        mil_declare_fail(b, MIL_ERROR_ARGUMENT, "%s: %lld heads of width %lld, %lld landmarks", name, (long long)o->heads, (long long)o->head_dim, (long long)o->landmarks);
+    const mil_linear_layer qkv = mil_declare_linear(b, o->in_dim, 3 * width, o->qkv_bias, o->init, "%s.%s", name, o->qkv);
+    layer.qkv = qkv.weight;
+    layer.qkv_bias = qkv.bias;
+    if (o->out_dim > 0) layer.out = mil_declare_linear(b, width, o->out_dim, o->out_bias, o->init, "%s.%s", name, o->out);
+    if (o->taps > 0) {
+        mil_init init;
+        int64_t shape[4];
+        shape[0] = o->heads;
+        shape[1] = shape[3] = 1;
+        shape[2] = o->taps;
+        init.kind = MIL_INIT_UNIFORM;
+        init.a = o->init == MIL_LINEAR_TORCH ? 1 / sqrt((double)o->taps) : sqrt(6.0 / (double)(o->taps * (1 + o->heads)));
+        layer.conv = mil_declare(b, init, 4, shape, "%s.%s.weight", name, o->conv);
+    }
+    return layer;
+}
+
+// 0 for a missing row of y: y e + other (1 - e), e [B, m] of 0 and 1.
+MILI_FN mil_node *mili_where_row(mil_node *y, mil_node *e, mil_node *other)
+{
+    int64_t shape[3];
+    if (!e) return NULL;
+    shape[0] = e->shape[0];
+    shape[1] = e->shape[1];
+    shape[2] = 1;
+    e = mil_reshape(e, 3, shape);
+    return mil_add(mil_mul(y, e), mil_mul(other, mil_affine(e, -1, 1)));
+}
+
+MIL_DEF mil_node *mil_nystrom_forward(const mil_nystrom_layer *layer, mil_node *x, mil_node *mask, int64_t rows, mil_nystrom_parts *parts)
+{
+    const mil_nystrom_options *o = &layer->o;
+    if (parts) memset(parts, 0, sizeof *parts);
+    if (!x || !layer->qkv) return NULL;
+    if (x->rank != 3 || x->shape[2] != o->in_dim || x->shape[1] < 1)
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "nystrom attention: x %s, needs [B, n, %lld]", MILI_SHAPE(x), (long long)o->in_dim);
+    const int64_t n = x->shape[1], H = o->heads, m = o->landmarks, padding = (m - n % m) % m, l = (n + padding) / m;
+    const double scale = 1 / sqrt((double)o->head_dim);
+    int64_t first = 0;                                     // the first real row of x as it is used below
+    if (rows < 0 || rows > n) rows = n;
+
+    // Without a bias q, k and v of a zero row are zero: such rows need not exist. They are zeros in the means, and keys of
+    // score 0 and value 0. And the mean of rows of q is q of the mean row.
+    mil_node *q, *k, *v, *q_marks, *k_marks, *exist = NULL;
+    int64_t null_keys = padding;
+    if (!layer->qkv_bias && !mask) {
+        mil_node *means = mil_run_mean(x, m, padding);                                         // [B, m, in]
+        q_marks = mili_stacked_linear(means, layer->qkv, NULL, 0, 3);                          // [B, m, H d]
+        k_marks = mili_stacked_linear(means, layer->qkv, NULL, 1, 3);
+        q = mili_stacked_linear(mil_slice(x, 1, 0, rows), layer->qkv, NULL, 0, 3);             // [B, rows, H d]
+        k = mili_stacked_linear(x, layer->qkv, NULL, 1, 3);                                    // [B, n, H d]
+        v = mili_stacked_linear(x, layer->qkv, NULL, 2, 3);
+    } else {
+        x = mil_pad(x, 1, padding, 0);
+        q = mili_stacked_linear(x, layer->qkv, layer->qkv_bias, 0, 3);                         // [B, n', H d]
+        k = mili_stacked_linear(x, layer->qkv, layer->qkv_bias, 1, 3);
+        v = mili_stacked_linear(x, layer->qkv, layer->qkv_bias, 2, 3);
+        null_keys = 0;
+        first = padding;
+        if (mask) {
+            int64_t shape[3];
+            shape[0] = mask->shape[0];
+            shape[1] = n + padding;
+            shape[2] = 1;
+            mask = mil_pad(mask, 1, padding, 0);                                               // [B, n']
+            mil_node *real = mil_reshape(mask, 3, shape);
+            q = mil_mul(q, real);
+            k = mil_mul(k, real);
+            v = mil_mul(v, real);
+            mil_node *count = mil_affine(mil_run_mean(real, m, 0), (double)l, 0);              // [B, m, 1] existing rows of each run
+            mil_node *share = mil_div(mil_constant(x->tape, 0, NULL, (double)l), mil_affine(count, 1, 1e-8));
+            q_marks = mil_mul(mil_run_mean(q, m, 0), share);
+            k_marks = mil_mul(mil_run_mean(k, m, 0), share);
+            shape[1] = m;
+            exist = mil_reshape(mil_clamp(count, 0, 1), 2, shape);                             // [B, m]
+        } else {
+            q_marks = mil_run_mean(q, m, 0);
+            k_marks = mil_run_mean(k, m, 0);
+        }
+    }
+
+    mil_node *kh = mili_split_heads(k_marks, H);                                               // [B, H, m, d]
+    mil_node *s = mil_affine(mil_matmul_t(mili_split_heads(q_marks, H), kh, 0, 1), scale, 0);
+    if (exist) {                                           // a missing landmark attends to all equally
+        int64_t column[4], line[4];
+        column[0] = line[0] = exist->shape[0];
+        column[1] = line[1] = column[3] = line[2] = 1;
+        column[2] = line[3] = m;
+        s = mil_mask_fill(s, mil_mul(mil_reshape(exist, 4, column), mil_reshape(exist, 4, line)), -(double)MILI_REAL_MAX);
+    }
+    mil_node *Z = mil_pseudo_inverse(mil_softmax(s, -1), o->iterations, o->per_matrix);        // [B, H, m, m]
+    mil_node *pool = mili_attention_record(q_marks, k, v, H, scale, mask, null_keys, 0, NULL); // [B, m, H d]  softmax(q~ k^T) v
+    mil_node *values = exist ? mili_where_row(pool, exist, mil_mean(v, 1)) : pool;
+    values = mili_join_heads(mil_matmul(Z, mili_split_heads(values, H)));                      // the small product first
+    mil_node *y = mili_attention_record(q, k_marks, values, H, scale, exist, 0, 0, NULL);      // [B, rows, H d]
+    if (mask) y = mili_where_row(y, mask, mil_mean(values, 1));
+    if (layer->conv) {
+        mil_node *near = v;                                // the rows that the wanted ones can see
+        if (first == 0) near = mil_slice(v, 1, 0, MILI_MIN(n, rows + o->taps));
+        mil_node *c = mil_conv_rows(near, mil_use(x->tape, layer->conv), NULL, o->taps / 2);
+        if (first == 0) c = mil_slice(c, 1, 0, rows);
+        y = mil_add(y, c);
+    }
+    if (first > 0 || (y && y->shape[1] != rows)) y = mil_slice(y, 1, first, rows);
+    if (parts) {
+        parts->q = q;
+        parts->k = k;
+        parts->q_marks = q_marks;
+        parts->k_marks = k_marks;
+        parts->inverse = Z;
+        parts->pool = pool;
+        parts->padding = first;
+    }
+    if (layer->out.weight) y = mil_linear_forward(&layer->out, y);
+    return mil_dropout(y, o->dropout, "attention");
+}
+
+MIL_DEF mil_node *mil_nystrom_weights(const mil_nystrom_layer *layer, const mil_nystrom_parts *parts, int64_t row)
+{
+    if (!parts->q || !parts->k || !parts->pool) return NULL;
+    const int64_t H = layer->o.heads;
+    const double scale = 1 / sqrt((double)layer->o.head_dim);
+    int64_t shape[4];
+    mil_node *q = mili_split_heads(mil_slice(parts->q, 1, row + parts->padding, 1), H);        // [B, H, 1, d]
+    mil_node *a1 = mil_softmax(mil_affine(mil_matmul_t(q, mili_split_heads(parts->k_marks, H), 0, 1), scale, 0), -1);         // [B, H, 1, m]
+    mil_node *scores = mil_affine(mil_matmul_t(mili_split_heads(parts->q_marks, H), mili_split_heads(parts->k, H), 0, 1), scale, 0);      // [B, H, m, n']
+    mil_node *lse = mili_split_heads(parts->pool->second, H);                                  // [B, H, m, 1]
+    mil_node *w = mil_matmul(mil_matmul(a1, parts->inverse), mili_binary(scores, lse, MILI_BINARY_weights, 0));               // [B, H, 1, n']
+    if (!w) return NULL;
+    shape[0] = w->shape[0];
+    shape[1] = H;
+    shape[2] = w->cols;
+    return mil_slice(mil_reshape(w, 3, shape), 2, parts->padding, w->cols - parts->padding);
+}
+
+// ---- PPEG ----
+MIL_DEF mil_ppeg_layer mil_declare_ppeg(mil_builder *b, int64_t width, const int64_t *kernels, int count, mil_linear_init init, const char *key, ...)
+{
+    static const char *const names[3] = { "proj", "proj1", "proj2" };
+    mil_ppeg_layer layer;
+    MILI_KEY(name, key)
+    memset(&layer, 0, sizeof layer);
+    layer.count = count;
+    for (int i = 0; i < count && i < 3; i++) {
+        const int64_t k = kernels[i];
+        mil_init w, z;
+        int64_t shape[4];
+        shape[0] = width;
+        shape[1] = 1;
+        shape[2] = shape[3] = k;
+        if (k < 1 || k % 2 == 0) mil_declare_fail(b, MIL_ERROR_ARGUMENT, "%s.%s: a kernel of %lld; it must be odd", name, names[i], (long long)k);
+        w.kind = z.kind = MIL_INIT_UNIFORM;
+        w.a = z.a = 1 / (double)MILI_MAX(k, 1);            // 1 / sqrt(k k)
+        if (init != MIL_LINEAR_TORCH) {
+            w.a = sqrt(6.0 / ((double)MILI_MAX(k * k, 1) * (double)(1 + width)));
+            z.kind = MIL_INIT_CONSTANT;
+            z.a = 0;
+        }
+        layer.weight[i] = mil_declare(b, w, 4, shape, "%s.%s.weight", name, names[i]);
+        layer.bias[i] = mil_declare(b, z, 1, &width, "%s.%s.bias", name, names[i]);
+    }
+    return layer;
+}
+
+MIL_DEF mil_node *mil_ppeg_forward(const mil_ppeg_layer *layer, mil_node *x)
+{
+    mil_node *weight = NULL, *bias = NULL;
+    int64_t largest = 1;
+    if (!x) return NULL;
+    for (int i = 0; i < layer->count; i++) if (layer->weight[i]) largest = MILI_MAX(largest, layer->weight[i]->shape[2]);
+    for (int i = 0; i < layer->count; i++) {               // smaller kernels stand in the middle of the largest
+        mil_node *w = mil_use(x->tape, layer->weight[i]), *z = mil_use(x->tape, layer->bias[i]);
+        if (!w) return NULL;
+        const int64_t edge = (largest - w->shape[2]) / 2;
+        w = mil_pad(mil_pad(w, 2, edge, edge), 3, edge, edge);
+        weight = weight ? mil_add(weight, w) : w;
+        bias = bias ? mil_add(bias, z) : z;
+    }
+    return mil_add(x, mil_conv_grid(x, weight, bias));
+}
+
+// ---- regions ----
+MIL_DEF mil_node *mil_regions_split(mil_node *x, int64_t side, int64_t region)
+{
+    static const int axes[6] = { 0, 1, 3, 2, 4, 5 };
+    int64_t shape[6];
+    if (!x) return NULL;
+    if (x->rank != 3 || region < 1 || side < 1 || side % region || side > 1000000 || side * side < x->shape[1])
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "regions: %s on a side of %lld in regions of %lld", MILI_SHAPE(x), (long long)side, (long long)region);
+    x = mil_pad(x, 1, 0, side * side - x->shape[1]);
+    if (!x) return NULL;
+    shape[0] = x->shape[0];
+    shape[1] = shape[3] = side / region;
+    shape[2] = shape[4] = region;
+    shape[5] = x->shape[2];
+    x = mil_permute(mil_reshape(x, 6, shape), axes);       // [B, rows of regions, columns of regions, region, region, E]
+    shape[0] *= shape[1] * shape[1];
+    shape[1] = region * region;
+    shape[2] = shape[5];
+    return mil_reshape(x, 3, shape);
+}
+
+MIL_DEF mil_node *mil_regions_join(mil_node *x, int64_t bags, int64_t side, int64_t region, int64_t rows)
+{
+    static const int axes[6] = { 0, 1, 3, 2, 4, 5 };
+    int64_t shape[6];
+    if (!x) return NULL;
+    if (x->rank != 3 || bags < 1 || region < 1 || side % region || x->shape[1] != region * region || x->shape[0] != bags * (side / region) * (side / region) || rows > side * side)
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "regions: %s back to %lld bags on a side of %lld", MILI_SHAPE(x), (long long)bags, (long long)side);
+    shape[0] = bags;
+    shape[1] = shape[2] = side / region;
+    shape[3] = shape[4] = region;
+    shape[5] = x->shape[2];
+    x = mil_permute(mil_reshape(x, 6, shape), axes);
+    shape[1] = side * side;
+    shape[2] = shape[5];
+    return mil_slice(mil_reshape(x, 3, shape), 1, 0, rows);
+}
+
+MIL_DEF mil_region_attention mil_declare_region_attention(mil_builder *b, int64_t in, int64_t heads, int64_t head_dim, int qkv_bias, int64_t epeg, double dropout,
+                                                          mil_linear_init init, const char *key, ...)
+{
+    mil_region_attention layer;
+    MILI_KEY(name, key)
+    memset(&layer, 0, sizeof layer);
+    layer.heads = heads;
+    layer.epeg = epeg;
+    layer.dropout = dropout;
+    layer.qkv = mil_declare_linear(b, in, 3 * heads * head_dim, qkv_bias, init, "%s.qkv", name);
+    layer.proj = mil_declare_linear(b, heads * head_dim, in, 1, init, "%s.proj", name);
+    if (epeg > 0) {
+        mil_init w, z;
+        int64_t shape[4];
+        shape[0] = heads;
+        shape[1] = shape[3] = 1;
+        shape[2] = epeg;
+        w.kind = z.kind = MIL_INIT_UNIFORM;
+        w.a = z.a = 1 / sqrt((double)epeg);
+        if (init != MIL_LINEAR_TORCH) {
+            w.a = sqrt(6.0 / (double)(epeg * (1 + heads)));
+            z.kind = MIL_INIT_CONSTANT;
+            z.a = 0;
+        }
+        layer.pe = mil_declare(b, w, 4, shape, "%s.pe.weight", name);
+        layer.pe_bias = mil_declare(b, z, 1, shape, "%s.pe.bias", name);
+    }
+    return layer;
+}
+
+MIL_DEF mil_node *mil_region_attention_forward(const mil_region_attention *layer, mil_node *x)
+{
+    const int64_t H = layer->heads;
+    mil_node *q = mili_stacked_linear(x, layer->qkv.weight, layer->qkv.bias, 0, 3);            // [R, n, H d]
+    mil_node *k = mili_stacked_linear(x, layer->qkv.weight, layer->qkv.bias, 1, 3);
+    mil_node *v = mili_stacked_linear(x, layer->qkv.weight, layer->qkv.bias, 2, 3), *o;
+    if (!q || !k || !v) return NULL;
+    if (layer->epeg > 0) {                                 // the scores themselves are needed: [R, H, n, n]
+        mil_node *t = mil_matmul_t(mili_split_heads(q, H), mili_split_heads(k, H), 0, 1);
+        t = mil_affine(t, 1 / sqrt((double)(q->cols / H)), 0);
+        t = mil_add(t, mil_conv_maps(t, mil_use(x->tape, layer->pe), mil_use(x->tape, layer->pe_bias), layer->epeg / 2));
+        o = mili_join_heads(mil_matmul(mil_softmax(t, -1), mili_split_heads(v, H)));
+    } else o = mil_attention(q, k, v, H, 0, NULL, 0, NULL);
+    return mil_dropout(mil_linear_forward(&layer->proj, o), layer->dropout, "attention");
+}
+
 // ==== >>json: a strict JSON reader ================================================================================
 // mili_json_parse checks a whole text once: RFC 8259, no leniency, UTF-8 valid, no lone surrogates, depth bounded, no
 // recursion. After that a value is just its span of the text, and members are found by walking it: nothing is allocated.
