@@ -12902,6 +12902,530 @@ MILI_FN void mili_dftd_forward(const void *model, const void *config, const mil_
 #endif
 }
 
+// ---- transmil: Nystrom attention, a class token, positions by convolution (Shao et al., NeurIPS 2021), as MIL-Lab has it ----
+//   h = [cls | embed(x) | its first S^2 - N rows again],  S = ceil(sqrt N)
+//   block i:  h <- h + nystrom_i(LN_i(h));   after block 0 the S^2 patch rows, as an S x S grid, go through PPEG
+//   z = LN(h)[cls]      logits = W z + b
+// Of the last block only the class token's row is used, so only that row is computed.
+typedef struct mili_transmil_config { int64_t in_dim, num_classes, embed_dim, num_fc_layers; double dropout; int64_t num_attention_layers, num_heads; double attn_dropout; } mili_transmil_config;
+
+#define MILI_TRANSMIL_OPTIONS(X)                                                                                           \
+    X(MIL_OPTION_INT,  in_dim,               "1024", "1..1000000", "width D of an instance")                               \
+    X(MIL_OPTION_INT,  num_classes,          "2",    "1..1000000", "classes C")                                            \
+    X(MIL_OPTION_INT,  embed_dim,            "512",  "2..1000000", "width E of an embedded instance; E / 2 landmarks")     \
+    X(MIL_OPTION_INT,  num_fc_layers,        "1",    "1..16",      "layers of the patch MLP")                              \
+    X(MIL_OPTION_REAL, dropout,              "0.25", "0..1",       "rate between the MLP's layers")                        \
+    X(MIL_OPTION_INT,  num_attention_layers, "2",    "1..32",      "blocks")                                               \
+    X(MIL_OPTION_INT,  num_heads,            "4",    "1..1000000", "heads of width E / heads, rounded down")               \
+    X(MIL_OPTION_REAL, attn_dropout,         "0.1",  "0..1",       "ours: rate after each attention, fixed in MIL-Lab")
+
+static const mil_option mili_transmil_options[] = {
+#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_transmil_config, type, member, value, choices, doc)
+    MILI_TRANSMIL_OPTIONS(MILI_ROW)
+#undef MILI_ROW
+};
+static const mil_config mili_base_configs[] = { { "base", "" } };
+
+#define MILI_MAX_BLOCKS 32
+typedef struct mili_transmil {
+    mil_patch_mlp embed;
+    mil_param *cls_token;                                  // [1, 1, E]
+    mil_ppeg_layer pos_layer;
+    mil_norm_layer norm, block_norm[MILI_MAX_BLOCKS];
+    mil_nystrom_layer attention[MILI_MAX_BLOCKS];
+    mil_linear_layer classifier;
+} mili_transmil;
+
+MILI_FN mil_param *mili_declare_token(mil_builder *b, mil_init_kind kind, double a, int64_t count, int64_t width, const char *key)      // [1, count, width]
+{
+    mil_init init;
+    int64_t shape[3];
+    init.kind = kind;
+    init.a = a;
+    shape[0] = 1;
+    shape[1] = count;
+    shape[2] = width;
+    return mil_declare(b, init, 3, shape, "%s", key);
+}
+
+MILI_FN mil_node *mili_tokens(mil_tape *tape, mil_param *param, int64_t bags)  // [1, k, E] -> [B, k, E]
+{
+    mil_node *t = mil_use(tape, param);
+    int64_t shape[3];
+    if (!t) return NULL;
+    shape[0] = bags;
+    shape[1] = t->shape[1];
+    shape[2] = t->shape[2];
+    return mil_broadcast(t, 3, shape);
+}
+
+MILI_FN int64_t mili_square_side(int64_t n)                // ceil(sqrt n)
+{
+    int64_t s = (int64_t)sqrt((double)n);
+    while (s > 0 && (s - 1) * (s - 1) >= n) s--;
+    while (s * s < n) s++;
+    return s;
+}
+
+// Tokens [B, h w, E] as a grid, and back.
+MILI_FN mil_node *mili_ppeg_tokens(const mil_ppeg_layer *layer, mil_node *x, int64_t h, int64_t w)
+{
+    int64_t grid[4];
+    if (!x) return NULL;
+    grid[0] = x->shape[0];
+    grid[1] = h;
+    grid[2] = w;
+    grid[3] = x->cols;
+    return mil_reshape(mil_ppeg_forward(layer, mil_reshape(x, 4, grid)), 3, x->shape);
+}
+
+MILI_FN void mili_push_block(mil_tape *tape, int64_t i)    // for error sentences
+{
+    char name[32];
+    snprintf(name, sizeof name, "block%lld", (long long)i);
+    mil_tape_push(tape, name);
+}
+
+MILI_FN void mili_transmil_declare(mil_builder *b, void *model, const void *config)
+{
+    mili_transmil *m = (mili_transmil *)model;
+    const mili_transmil_config *c = (const mili_transmil_config *)config;
+    static const int64_t kernels[3] = { 7, 5, 3 };
+    const int64_t E = c->embed_dim;
+    mil_nystrom_options o = mil_nystrom_options_default(E, c->num_heads, E / c->num_heads, E / 2);
+    o.dropout = c->attn_dropout;
+    m->cls_token = mili_declare_token(b, MIL_INIT_NORMAL, 1, 1, E, "cls_token");
+    m->embed = mil_declare_patch_mlp(b, c->in_dim, E, c->num_fc_layers, c->dropout, "patch_embed");
+    m->pos_layer = mil_declare_ppeg(b, E, kernels, 3, MIL_LINEAR_XAVIER, "pos_layer");
+    for (int64_t i = 0; i < c->num_attention_layers; i++) {
+        m->block_norm[i] = mil_declare_layer_norm(b, E, 1e-5, "blocks.%lld.norm", (long long)i);
+        m->attention[i] = mil_declare_nystrom(b, &o, "blocks.%lld.attention", (long long)i);
+    }
+    m->norm = mil_declare_layer_norm(b, E, 1e-5, "norm");
+    m->classifier = mil_declare_linear(b, E, c->num_classes, 1, MIL_LINEAR_KAIMING, "classifier");
+}
+
+MILI_FN void mili_transmil_forward(const void *model, const void *config, const mil_inputs *in, mil_outputs *out)
+{
+    const mili_transmil *m = (const mili_transmil *)model;
+    const mili_transmil_config *c = (const mili_transmil_config *)config;
+    const int64_t B = in->features->shape[0], N = in->features->shape[1], S = mili_square_side(N);
+    mil_node *part[3], *h;
+    part[0] = mili_tokens(in->tape, m->cls_token, B);                                          // [B, 1, E]
+    part[1] = mil_patch_mlp_forward(&m->embed, in->features);                                  // [B, N, E]
+    part[2] = mil_slice(part[1], 1, 0, S * S - N);
+    h = mil_concat(part, S * S > N ? 3 : 2, 1);                                                // [B, 1 + S^2, E]
+
+    for (int64_t i = 0; i < c->num_attention_layers; i++) {
+        const int last = i + 1 == c->num_attention_layers;
+        mili_push_block(in->tape, i);
+        mil_node *x = mil_layer_norm_forward(&m->block_norm[i], h), *full = h;
+        if (!last || i == 0) full = mil_add(h, mil_nystrom_forward(&m->attention[i], x, NULL, -1, NULL));
+        if (i == 0) {
+            mil_node *cls = mil_slice(full, 1, 0, 1), *patches = mil_slice(full, 1, 1, S * S);
+            mil_node *a = mil_matmul_t(patches, cls, 0, 1);                                    // [B, S^2, 1]  <h_n, h_cls>
+            out->attention = mil_squeeze(a, 2);
+            out->attention_scores = mil_slice(a, 1, 0, N);
+            part[0] = cls;
+            part[1] = mili_ppeg_tokens(&m->pos_layer, patches, S, S);
+            if (!last) full = mil_concat(part, 2, 1);
+        }
+        h = last ? mil_add(mil_slice(h, 1, 0, 1), mil_nystrom_forward(&m->attention[i], x, NULL, 1, NULL)) : full;
+        mil_tape_pop(in->tape);
+    }
+    out->slide_feats = mil_squeeze(mil_layer_norm_forward(&m->norm, h), 1);                    // [B, E]
+    out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, C]
+    out->loss = mili_bag_loss(in, out->logits);
+}
+
+// ---- transformer: pre-norm encoder with a class token and exact attention (Vaswani et al., NeurIPS 2017), as MIL-Lab has it ----
+//   X = [cls | embed(x)]
+//   block:  X <- X + MHA(LN(X)),   X <- X + relu(W_3 relu(W_0 LN_2(X) + b_0) + b_3): a relu stands before the sum, too
+//   z = LN(X)[cls]      logits = W z + b
+// Of the last block only the class token's row is used, so its attention has a single query.
+typedef struct mili_transformer_config { int64_t in_dim, num_classes, embed_dim, num_fc_layers; double dropout; int64_t num_attention_layers, num_heads, encoder_mlp_dim; int return_attention; } mili_transformer_config;
+
+#define MILI_TRANSFORMER_OPTIONS(X)                                                                                        \
+    X(MIL_OPTION_INT,  in_dim,               "1024",  "1..1000000", "width D of an instance")                              \
+    X(MIL_OPTION_INT,  num_classes,          "2",     "1..1000000", "classes C")                                           \
+    X(MIL_OPTION_INT,  embed_dim,            "512",   "1..1000000", "width E of an embedded instance, a multiple of the heads") \
+    X(MIL_OPTION_INT,  num_fc_layers,        "1",     "1..16",      "layers of the patch MLP")                             \
+    X(MIL_OPTION_REAL, dropout,              "0.25",  "0..1",       "rate in the patch MLP, on attention, in the blocks' MLP") \
+    X(MIL_OPTION_INT,  num_attention_layers, "2",     "1..32",      "blocks")                                              \
+    X(MIL_OPTION_INT,  num_heads,            "8",     "1..1000000", "heads")                                               \
+    X(MIL_OPTION_INT,  encoder_mlp_dim,      "-1",    "-1000000..1000000", "hidden width of the blocks' MLP; 0 or less: none") \
+    X(MIL_OPTION_BOOL, return_attention,     "false", NULL,         "ours: MIL-Lab's changed result when it is asked for attention: block 0 adds the class token's attention to every row")
+
+static const mil_option mili_transformer_options[] = {
+#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_transformer_config, type, member, value, choices, doc)
+    MILI_TRANSFORMER_OPTIONS(MILI_ROW)
+#undef MILI_ROW
+};
+static const mil_config mili_transformer_configs[] = { { "base", "encoder_mlp_dim=2048" } };
+
+typedef struct mili_transformer_block { mil_norm_layer norm, norm2; mil_mha_layer attention; mil_linear_layer up, down; } mili_transformer_block;
+typedef struct mili_transformer {
+    mil_patch_mlp embed;
+    mil_param *cls_token;                                  // [1, 1, E]
+    mili_transformer_block block[MILI_MAX_BLOCKS];
+    mil_norm_layer norm;
+    mil_linear_layer classifier;
+} mili_transformer;
+
+MILI_FN void mili_transformer_declare(mil_builder *b, void *model, const void *config)
+{
+    mili_transformer *m = (mili_transformer *)model;
+    const mili_transformer_config *c = (const mili_transformer_config *)config;
+    const int64_t E = c->embed_dim;
+    m->cls_token = mili_declare_token(b, MIL_INIT_NORMAL, 1, 1, E, "cls_token");
+    m->embed = mil_declare_patch_mlp(b, c->in_dim, E, c->num_fc_layers, c->dropout, "patch_embed");
+    for (int64_t i = 0; i < c->num_attention_layers; i++) {
+        mili_transformer_block *k = &m->block[i];
+        k->norm = mil_declare_layer_norm(b, E, 1e-5, "blocks.%lld.norm", (long long)i);
+        k->attention = mil_declare_mha(b, E, c->num_heads, c->dropout, MIL_LINEAR_KAIMING, "blocks.%lld.attention", (long long)i);
+        if (c->encoder_mlp_dim <= 0) continue;
+        k->norm2 = mil_declare_layer_norm(b, E, 1e-5, "blocks.%lld.norm2", (long long)i);
+        k->up = mil_declare_linear(b, E, c->encoder_mlp_dim, 1, MIL_LINEAR_KAIMING, "blocks.%lld.mlp.0", (long long)i);
+        k->down = mil_declare_linear(b, c->encoder_mlp_dim, E, 1, MIL_LINEAR_KAIMING, "blocks.%lld.mlp.3", (long long)i);
+    }
+    m->norm = mil_declare_layer_norm(b, E, 1e-5, "norm");
+    m->classifier = mil_declare_linear(b, E, c->num_classes, 1, MIL_LINEAR_KAIMING, "classifier");
+}
+
+MILI_FN void mili_transformer_forward(const void *model, const void *config, const mil_inputs *in, mil_outputs *out)
+{
+    const mili_transformer *m = (const mili_transformer *)model;
+    const mili_transformer_config *c = (const mili_transformer_config *)config;
+    mil_node *part[2], *X, *attention = NULL;
+    part[0] = mili_tokens(in->tape, m->cls_token, in->features->shape[0]);
+    part[1] = mil_patch_mlp_forward(&m->embed, in->features);
+    X = mil_concat(part, 2, 1);                                                                // [B, 1 + N, E]
+    for (int64_t i = 0; i < c->num_attention_layers; i++) {
+        const mili_transformer_block *k = &m->block[i];
+        const int last = i + 1 == c->num_attention_layers;
+        mili_push_block(in->tape, i);
+        mil_node *x = mil_layer_norm_forward(&k->norm, X), *first = mil_slice(x, 1, 0, 1), *y = NULL;
+        if (i == 0 || !last) y = mil_mha_forward(&k->attention, x, x, x, NULL, i == 0 ? &attention : NULL);
+        if (i == 0 && c->return_attention) y = mil_slice(y, 1, 0, 1);                          // added to every row
+        else if (last) y = mil_mha_forward(&k->attention, first, x, x, NULL, NULL);
+        X = mil_add(last ? mil_slice(X, 1, 0, 1) : X, y);
+        if (c->encoder_mlp_dim > 0) {
+            mil_node *h = mil_dropout(mil_relu(mil_linear_forward(&k->up, mil_layer_norm_forward(&k->norm2, X))), c->dropout, "mlp");
+            X = mil_add(X, mil_relu(mil_linear_forward(&k->down, h)));
+        }
+        mil_tape_pop(in->tape);
+    }
+    const int64_t N = in->features->shape[1];
+    out->attention = mil_attention_weights(attention, 0, N + 1);                               // [B, N + 1, N + 1], a report
+    out->attention_weights = mil_transpose(mil_slice(mil_attention_weights(attention, 0, 1), 2, 1, N));      // [B, N, 1] of the class token
+    out->slide_feats = mil_squeeze(mil_layer_norm_forward(&m->norm, X), 1);                    // [B, E]
+    out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, C]
+    out->loss = mili_bag_loss(in, out->logits);
+}
+
+// ---- ilra: attention through a few learned latents and back (Xiang, Zhang, ICLR 2023), as MIL-Lab has it -----------------
+//   MAB(Q, K):  q, k, v = fc_q(Q), fc_k(K), fc_v(K);   o = LN(q + MHA(q, k, v));   o <- LN(o + relu(fc_o(o)));
+//               if gated  o <- o * silu(gate(Q))
+//   block i:    H = MAB(latent_i, x),   x <- MAB(x, H)         (gated)
+//   z, P = MAB(S, x): one learned query pools                  logits = W z + b
+typedef struct mili_ilra_config { int64_t in_dim, num_classes, embed_dim, num_attention_layers, num_heads, topk; int ln, mode; } mili_ilra_config;
+
+#define MILI_ILRA_OPTIONS(X)                                                                                               \
+    X(MIL_OPTION_INT,    in_dim,               "1024", "1..1000000",     "width D of an instance")                         \
+    X(MIL_OPTION_INT,    num_classes,          "2",    "1..1000000",     "classes C")                                      \
+    X(MIL_OPTION_INT,    embed_dim,            "256",  "1..1000000",     "width E, a multiple of the heads")               \
+    X(MIL_OPTION_INT,    num_attention_layers, "2",    "1..32",          "blocks")                                         \
+    X(MIL_OPTION_INT,    num_heads,            "8",    "1..1000000",     "heads")                                          \
+    X(MIL_OPTION_INT,    topk,                 "64",   "1..1000000",     "latents k of a block")                           \
+    X(MIL_OPTION_BOOL,   ln,                   "true", NULL,             "layer norms (MIL-Lab's wrapper always has them)") \
+    X(MIL_OPTION_CHOICE, mode,                 "classification", "classification", "MIL-Lab names a survival mode, but has none")
+
+static const mil_option mili_ilra_options[] = {
+#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_ilra_config, type, member, value, choices, doc)
+    MILI_ILRA_OPTIONS(MILI_ROW)
+#undef MILI_ROW
+};
+
+typedef struct mili_mab { mil_linear_layer q, k, v, o, gate; mil_norm_layer ln0, ln1; mil_mha_layer attention; int ln, gated; } mili_mab;
+typedef struct mili_ilra {
+    mil_param *latent[MILI_MAX_BLOCKS], *S;                // [1, k, E], [1, 1, E]
+    mili_mab forward[MILI_MAX_BLOCKS], backward[MILI_MAX_BLOCKS], pooling;
+    mil_linear_layer classifier;
+} mili_ilra;
+
+MILI_FN mili_mab mili_declare_mab(mil_builder *b, int64_t d_q, int64_t d_k, const mili_ilra_config *c, int gated, const char *key)
+{
+    mili_mab m;
+    const int64_t E = c->embed_dim;
+    memset(&m, 0, sizeof m);
+    m.ln = c->ln;
+    m.gated = gated;
+    m.q = mil_declare_linear(b, d_q, E, 1, MIL_LINEAR_KAIMING, "%s.fc_q", key);
+    m.k = mil_declare_linear(b, d_k, E, 1, MIL_LINEAR_KAIMING, "%s.fc_k", key);
+    m.v = mil_declare_linear(b, d_k, E, 1, MIL_LINEAR_KAIMING, "%s.fc_v", key);
+    m.attention = mil_declare_mha(b, E, c->num_heads, 0, MIL_LINEAR_KAIMING, "%s.multihead_attention", key);
+    m.o = mil_declare_linear(b, E, E, 1, MIL_LINEAR_KAIMING, "%s.fc_o", key);
+    if (c->ln) {
+        m.ln0 = mil_declare_layer_norm(b, E, 1e-5, "%s.ln0", key);
+        m.ln1 = mil_declare_layer_norm(b, E, 1e-5, "%s.ln1", key);
+    }
+    if (gated) m.gate = mil_declare_linear(b, d_q, E, 1, MIL_LINEAR_KAIMING, "%s.gate.0", key);
+    return m;
+}
+
+MILI_FN mil_node *mili_mab_forward(const mili_mab *m, mil_node *Q, mil_node *K, mil_node **attention)          // [B, n_q, d_q], [B, n_k, d_k] -> [B, n_q, E]
+{
+    mil_node *q = mil_linear_forward(&m->q, Q);
+    mil_node *o = mil_add(q, mil_mha_forward(&m->attention, q, mil_linear_forward(&m->k, K), mil_linear_forward(&m->v, K), NULL, attention));
+    if (m->ln) o = mil_layer_norm_forward(&m->ln0, o);
+    o = mil_add(o, mil_relu(mil_linear_forward(&m->o, o)));
+    if (m->ln) o = mil_layer_norm_forward(&m->ln1, o);
+    return m->gated ? mil_mul(o, mil_silu(mil_linear_forward(&m->gate, Q))) : o;
+}
+
+MILI_FN void mili_ilra_declare(mil_builder *b, void *model, const void *config)
+{
+    mili_ilra *m = (mili_ilra *)model;
+    const mili_ilra_config *c = (const mili_ilra_config *)config;
+    const int64_t E = c->embed_dim;
+    char key[64];
+    for (int64_t i = 0; i < c->num_attention_layers; i++) {
+        const int64_t width = i ? E : c->in_dim;
+        snprintf(key, sizeof key, "gab_blocks.%lld.latent", (long long)i);
+        m->latent[i] = mili_declare_token(b, MIL_INIT_UNIFORM, sqrt(6.0 / ((double)E * (double)(c->topk + 1))), c->topk, E, key);
+        snprintf(key, sizeof key, "gab_blocks.%lld.project_forward", (long long)i);
+        m->forward[i] = mili_declare_mab(b, E, width, c, 1, key);
+        snprintf(key, sizeof key, "gab_blocks.%lld.project_backward", (long long)i);
+        m->backward[i] = mili_declare_mab(b, width, E, c, 1, key);
+    }
+    m->S = mili_declare_token(b, MIL_INIT_UNIFORM, sqrt(3.0 / (double)E), 1, E, "pooling.S");
+    m->pooling = mili_declare_mab(b, E, E, c, 0, "pooling.mha");
+    m->classifier = mil_declare_linear(b, E, c->num_classes, 1, MIL_LINEAR_KAIMING, "classifier");
+}
+
+MILI_FN void mili_ilra_forward(const void *model, const void *config, const mil_inputs *in, mil_outputs *out)
+{
+    const mili_ilra *m = (const mili_ilra *)model;
+    const mili_ilra_config *c = (const mili_ilra_config *)config;
+    const int64_t B = in->features->shape[0];
+    mil_node *x = in->features, *attention = NULL;                                             // [B, N, D]
+    for (int64_t i = 0; i < c->num_attention_layers; i++) {
+        mili_push_block(in->tape, i);
+        mil_node *H = mili_mab_forward(&m->forward[i], mili_tokens(in->tape, m->latent[i], B), x, NULL);     // [B, k, E]
+        x = mili_mab_forward(&m->backward[i], x, H, NULL);                                     // [B, N, E]
+        mil_tape_pop(in->tape);
+    }
+    mil_node *z = mili_mab_forward(&m->pooling, mili_tokens(in->tape, m->S, B), x, &attention);              // [B, 1, E]
+    mil_node *P = mil_attention_weights(attention, 0, 1);                                      // [B, 1, N]
+    out->attention = mil_squeeze(mil_sum(P, 0), 0);                                            // [1, N]: MIL-Lab adds up the bags
+    out->attention_weights = mil_transpose(P);                                                 // [B, N, 1]
+    out->slide_feats = z;
+    out->logits = mil_linear_forward(&m->classifier, mil_squeeze(z, 1));                       // [B, C]
+    out->loss = mili_bag_loss(in, out->logits);
+}
+
+// ---- rrt: re-embedding by attention, then attention pooling (Tang et al., CVPR 2024), as MIL-Lab has it -------------------
+//   x = act(W x + b)      layer:  x <- x + attn(LN(x)),   with ffn  x <- x + fc2(f(fc1(LN_2(x))))
+//   z = sum_n softmax_n(scorer(LN(x)))_n LN(x)_n          logits = W z + b
+// MIL-Lab always attends by Nystrom and never calls its position module. apply_attn and apply_pos wire up
+// what the paper has: attention within square regions (R-MSA) with EPEG, and PPEG or PEG.
+typedef struct mili_rrt_config {
+    int64_t in_dim, num_classes, embed_dim, mlp_dim;
+    int act;
+    double dropout;
+    int64_t n_layers, n_heads, trans_dim, num_landmarks, n_cycle;
+    int ffn, ffn_act;
+    double mlp_ratio;
+    int multi_scale;
+    double drop_path;
+    int pool, da_act, da_gated, da_bias, da_dropout, pos;
+    int64_t peg_k, pos_pos;
+    int attn, epeg;
+    int64_t region_num, region_size, min_region_num;
+    int qkv_bias, shift_size;
+    double trans_dropout;
+    int no_norm, apply_attn, apply_pos;
+} mili_rrt_config;
+
+#define MILI_RRT_OPTIONS(X)                                                                                                \
+    X(MIL_OPTION_INT,    in_dim,        "1024",   "1..1000000",     "width D of an instance")                              \
+    X(MIL_OPTION_INT,    num_classes,   "2",      "1..1000000",     "classes C")                                           \
+    X(MIL_OPTION_INT,    embed_dim,     "512",    "1..1000000",     "width of an embedded instance")                       \
+    X(MIL_OPTION_INT,    mlp_dim,       "512",    "1..1000000",     "width M that the layers take: equal to embed_dim")    \
+    X(MIL_OPTION_CHOICE, act,           "relu",   "none|relu|gelu", "after the embedding")                                 \
+    X(MIL_OPTION_REAL,   dropout,       "0.25",   "0..1",           "rate after the embedding")                            \
+    X(MIL_OPTION_INT,    n_layers,      "2",      "1..16",          "layers")                                              \
+    X(MIL_OPTION_INT,    n_heads,       "8",      "1..1000000",     "heads H")                                             \
+    X(MIL_OPTION_INT,    trans_dim,     "64",     "1..1000000",     "width d of a head; H d need not be M")                \
+    X(MIL_OPTION_INT,    num_landmarks, "256",    "1..1000000",     "ours: landmarks of Nystrom attention, fixed in MIL-Lab") \
+    X(MIL_OPTION_INT,    n_cycle,       "1",      "0..1000",        "times that each layer is applied")                    \
+    X(MIL_OPTION_BOOL,   ffn,           "false",  NULL,             "feed-forward part in each layer")                     \
+    X(MIL_OPTION_CHOICE, ffn_act,       "gelu",   "relu|gelu",      "its activation")                                      \
+    X(MIL_OPTION_REAL,   mlp_ratio,     "4",      "0..1000",        "its hidden width over M")                             \
+    X(MIL_OPTION_BOOL,   multi_scale,   "false",  NULL,             "merge 2 x 2 tokens after each layer but the last; the width doubles") \
+    X(MIL_OPTION_REAL,   drop_path,     "0",      "0..1",           "stochastic depth of each residual branch")            \
+    X(MIL_OPTION_CHOICE, pool,          "attn",   "attn|mean",      "pooling")                                             \
+    X(MIL_OPTION_CHOICE, da_act,        "relu",   "none|relu|leakyrelu|gelu|silu|tanh|sigmoid", "of the scorer; ungated only relu, gelu, tanh, others are none") \
+    X(MIL_OPTION_BOOL,   da_gated,      "false",  NULL,             "gated scorer")                                        \
+    X(MIL_OPTION_BOOL,   da_bias,       "false",  NULL,             "biases in the scorer")                                \
+    X(MIL_OPTION_BOOL,   da_dropout,    "false",  NULL,             "dropout 0.25 in the scorer")                          \
+    X(MIL_OPTION_CHOICE, pos,           "ppeg",   "none|ppeg|peg",  "position module; used only with apply_pos")           \
+    X(MIL_OPTION_INT,    peg_k,         "7",      "1..99",          "its (first) kernel, odd")                             \
+    X(MIL_OPTION_INT,    pos_pos,       "0",      "-1..1000",       "apply_pos: -1 before the first layer, 0 between the first and the second") \
+    X(MIL_OPTION_CHOICE, attn,          "ntrans", "ntrans|rrt",     "apply_attn: rrt attends within regions")              \
+    X(MIL_OPTION_BOOL,   epeg,          "false",  NULL,             "attn rrt: 15 taps along the queries, on the scores")  \
+    X(MIL_OPTION_INT,    region_num,    "8",      "1..1000000",     "attn rrt: regions per side")                          \
+    X(MIL_OPTION_INT,    region_size,   "0",      "0..1000000",     "ours, attn rrt: side of a region instead; 0: by region_num") \
+    X(MIL_OPTION_INT,    min_region_num, "0",     "0..1000000000",  "attn rrt: with fewer tokens there is one region")     \
+    X(MIL_OPTION_BOOL,   qkv_bias,      "true",   NULL,             "attn rrt: biases of queries, keys, values")           \
+    X(MIL_OPTION_BOOL,   shift_size,    "false",  NULL,             "no effect, as in MIL-Lab")                            \
+    X(MIL_OPTION_REAL,   trans_dropout, "0.1",    "0..1",           "no effect, as in MIL-Lab")                            \
+    X(MIL_OPTION_BOOL,   no_norm,       "false",  NULL,             "no effect, as in MIL-Lab")                            \
+    X(MIL_OPTION_BOOL,   apply_attn,    "false",  NULL,             "ours: attn takes effect, as in the paper")            \
+    X(MIL_OPTION_BOOL,   apply_pos,     "false",  NULL,             "ours: pos takes effect, as in the paper")
+
+static const mil_option mili_rrt_options[] = {
+#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_rrt_config, type, member, value, choices, doc)
+    MILI_RRT_OPTIONS(MILI_ROW)
+#undef MILI_ROW
+};
+
+enum { MILI_RRT_LAYERS = 16, MILI_RRT_EPEG = 15, MILI_RRT_SCORER = 128 };
+typedef struct mili_rrt_layer {
+    mil_norm_layer norm, norm2, merge_norm;
+    mil_nystrom_layer nystrom;
+    mil_region_attention region;
+    mil_linear_layer fc1, fc2, merge;
+} mili_rrt_layer;
+typedef struct mili_rrt { mil_linear_layer embed, classifier; mili_rrt_layer layer[MILI_RRT_LAYERS]; mil_ppeg_layer pos; mil_norm_layer norm; mil_attention_scorer scorer; } mili_rrt;
+
+MILI_FN void mili_rrt_declare(mil_builder *b, void *model, const void *config)
+{
+    mili_rrt *m = (mili_rrt *)model;
+    const mili_rrt_config *c = (const mili_rrt_config *)config;
+    int64_t M = c->mlp_dim, kernels[3];
+    char key[64];
+    if (c->mlp_dim != c->embed_dim) mil_declare_fail(b, MIL_ERROR_ARGUMENT, "rrt: embed_dim %lld and mlp_dim %lld must be equal", (long long)c->embed_dim, (long long)c->mlp_dim);
+    m->embed = mil_declare_linear(b, c->in_dim, c->embed_dim, 1, MIL_LINEAR_KAIMING, "patch_embed.0");
+    kernels[0] = c->peg_k;
+    kernels[1] = 5;
+    kernels[2] = 3;
+    if (c->pos) m->pos = mil_declare_ppeg(b, M, kernels, c->pos == 1 ? 3 : 1, MIL_LINEAR_XAVIER, "encoder.pos_embedding");
+    for (int64_t i = 0; i < c->n_layers; i++) {
+        mili_rrt_layer *k = &m->layer[i];
+        const mil_nystrom_options o = mil_nystrom_options_default(M, c->n_heads, c->trans_dim, c->num_landmarks);
+        if (i) snprintf(key, sizeof key, "encoder.layers.%lld", (long long)(i - 1));
+        else snprintf(key, sizeof key, "encoder.layer1");
+        k->norm = mil_declare_layer_norm(b, M, 1e-5, "%s.norm", key);
+        if (c->apply_attn && c->attn)
+            k->region = mil_declare_region_attention(b, M, c->n_heads, c->trans_dim, c->qkv_bias, c->epeg ? MILI_RRT_EPEG : 0, 0, MIL_LINEAR_KAIMING, "%s.attn.attn", key);
+        else k->nystrom = mil_declare_nystrom(b, &o, "%s.attn", key);
+        if (c->ffn) {
+            const int64_t hidden = (int64_t)((double)M * c->mlp_ratio);
+            k->norm2 = mil_declare_layer_norm(b, M, 1e-5, "%s.norm2", key);
+            k->fc1 = mil_declare_linear(b, M, hidden, 1, MIL_LINEAR_KAIMING, "%s.mlp.fc1", key);
+            k->fc2 = mil_declare_linear(b, hidden, M, 1, MIL_LINEAR_KAIMING, "%s.mlp.fc2", key);
+        }
+        if (!c->multi_scale || i + 1 == c->n_layers) continue;
+        k->merge_norm = mil_declare_layer_norm(b, 4 * M, 1e-5, "%s.downsample.norm", key);
+        k->merge = mil_declare_linear(b, 4 * M, 2 * M, 0, MIL_LINEAR_KAIMING, "%s.downsample.reduction", key);
+        M *= 2;
+    }
+    m->norm = mil_declare_layer_norm(b, M, 1e-5, "encoder.norm");
+    if (c->pool == 0) {
+        mil_activation act = (mil_activation)c->da_act;
+        if (!c->da_gated && act != MIL_ACT_RELU && act != MIL_ACT_GELU && act != MIL_ACT_TANH) act = MIL_ACT_NONE;
+        m->scorer.gated = c->da_gated;
+        m->scorer.activation = act;
+        m->scorer.dropout = c->da_dropout ? 0.25 : 0;
+        m->scorer.V = mil_declare_linear(b, M, MILI_RRT_SCORER, c->da_bias, MIL_LINEAR_KAIMING, "encoder.pool_fn.attention.%s", c->da_gated ? "attention_a.0" : "attention.0");
+        if (c->da_gated) m->scorer.U = mil_declare_linear(b, M, MILI_RRT_SCORER, c->da_bias, MIL_LINEAR_KAIMING, "encoder.pool_fn.attention.attention_b.0");
+        snprintf(key, sizeof key, c->da_gated ? "attention_c" : "attention.%d", 1 + (act != MIL_ACT_NONE) + (c->da_dropout != 0));
+        m->scorer.w = mil_declare_linear(b, MILI_RRT_SCORER, 1, c->da_bias, MIL_LINEAR_KAIMING, "encoder.pool_fn.attention.%s", key);
+    }
+    m->classifier = mil_declare_linear(b, M, c->num_classes, 1, MIL_LINEAR_KAIMING, "classifier");
+}
+
+// PPEG or PEG over the tokens: the first S^2 - N again make them a square. PPEG takes at least a 7 x 7 grid, of the flat sequence.
+MILI_FN mil_node *mili_rrt_positions(const mil_ppeg_layer *pos, mil_node *x)
+{
+    if (!x) return NULL;
+    const int64_t N = x->shape[1], S = mili_square_side(N), side = pos->count == 3 ? MILI_MAX(S, 7) : S;
+    mil_node *part[2];
+    part[0] = x;
+    part[1] = mil_slice(x, 1, 0, S * S - N);
+    x = mil_pad(S * S > N ? mil_concat(part, 2, 1) : x, 1, 0, side * side - S * S);
+    return mil_slice(mili_ppeg_tokens(pos, x, side, side), 1, 0, N);
+}
+
+MILI_FN mil_node *mili_rrt_attention(const mili_rrt_config *c, const mili_rrt_layer *k, mil_node *x)
+{
+    if (!c->apply_attn || !c->attn || !x) return mil_nystrom_forward(&k->nystrom, x, NULL, -1, NULL);
+    const int64_t B = x->shape[0], L = x->shape[1], R = c->region_num;
+    int64_t side = mili_square_side(L), region;
+    if (c->region_size > 0) {
+        region = c->region_size;
+        side = (side + region - 1) / region * region;
+    } else if (L < c->min_region_num) region = side += side % 2;
+    else {
+        side = (side + R - 1) / R * R;
+        region = side / R;
+    }
+    return mil_regions_join(mil_region_attention_forward(&k->region, mil_regions_split(x, side, region)), B, side, region, L);
+}
+
+// Four tokens of each 2 x 2 block become one: [even row, even column | odd, even | even, odd | odd, odd].  [B, L, M] -> [B, S^2 / 4, 2M]
+MILI_FN mil_node *mili_rrt_merge(const mili_rrt_layer *k, mil_node *x)
+{
+    static const int axes[6] = { 0, 1, 3, 4, 2, 5 };
+    if (!x) return NULL;
+    int64_t shape[6], S = mili_square_side(x->shape[1]);
+    S += S % 2;
+    x = mil_pad(x, 1, 0, S * S - x->shape[1]);
+    if (!x) return NULL;
+    shape[0] = x->shape[0];
+    shape[1] = shape[3] = S / 2;
+    shape[2] = shape[4] = 2;
+    shape[5] = x->cols;
+    x = mil_permute(mil_reshape(x, 6, shape), axes);       // [B, S/2, S/2, column, row, M]
+    shape[1] = S * S / 4;
+    shape[2] = 4 * shape[5];
+    return mil_linear_forward(&k->merge, mil_layer_norm_forward(&k->merge_norm, mil_reshape(x, 3, shape)));
+}
+
+MILI_FN void mili_rrt_forward(const void *model, const void *config, const mil_inputs *in, mil_outputs *out)
+{
+    static const mil_activation acts[3] = { MIL_ACT_NONE, MIL_ACT_RELU, MIL_ACT_GELU };
+    const mili_rrt *m = (const mili_rrt *)model;
+    const mili_rrt_config *c = (const mili_rrt_config *)config;
+    mil_node *x = mil_dropout(mil_activate(mil_linear_forward(&m->embed, in->features), acts[c->act]), c->dropout, "patch_embed");   // [B, N, M]
+    if (c->apply_pos && c->pos && c->pos_pos == -1) x = mili_rrt_positions(&m->pos, x);
+    for (int64_t i = 0; i < c->n_layers; i++) {
+        const mili_rrt_layer *k = &m->layer[i];
+        mili_push_block(in->tape, i);
+        if (c->apply_pos && c->pos && c->pos_pos == 0 && i == 1) x = mili_rrt_positions(&m->pos, x);
+        for (int64_t cycle = 0; cycle < c->n_cycle; cycle++) {
+            x = mil_add(x, mil_drop_path(mili_rrt_attention(c, k, mil_layer_norm_forward(&k->norm, x)), c->drop_path, "drop_path"));
+            if (!c->ffn) continue;
+            mil_node *h = mil_activate(mil_linear_forward(&k->fc1, mil_layer_norm_forward(&k->norm2, x)), acts[c->ffn_act + 1]);
+            x = mil_add(x, mil_drop_path(mil_linear_forward(&k->fc2, h), c->drop_path, "drop_path"));
+        }
+        if (c->multi_scale && i + 1 < c->n_layers) x = mili_rrt_merge(k, x);
+        mil_tape_pop(in->tape);
+    }
+    x = mil_layer_norm_forward(&m->norm, x);                                                   // [B, N', M_f]
+    if (c->pool == 0) {
+        mil_node *s = mil_attention_scores(&m->scorer, x);                                     // [B, N', 1]
+        out->attention_scores = s;
+        out->attention_weights = mil_softmax(s, 1);
+        out->attention = mil_squeeze(out->attention_weights, 2);
+        out->slide_feats = mil_squeeze(mil_softmax_pool(s, x), 1);                             // [B, M_f]
+        out->contribution = mili_contribution(&m->classifier, out->attention_weights, x);
+    } else out->slide_feats = mil_squeeze(mil_mean(x, 1), 1);
+    out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, C]
+    out->loss = mili_bag_loss(in, out->logits);
+}
+
 // ---- the registry: a row per model ----
 #define MILI_ROW(name, title, citation, prefix, T, configs, head, flags) \
     { name, title, citation, prefix, T##_options, MILI_COUNT(T##_options), sizeof(T##_config), configs, MILI_COUNT(configs), \
@@ -12920,6 +13444,14 @@ static const mil_architecture mili_architectures[] = {
              "model.", mili_clam, mili_clam_configs, "classifier", 0),
     MILI_ROW("dftd", "two tiers of attention over random pseudo bags", "Zhang, Meng, Zhao, Qiao, Yang, Coupland, Zheng: DTFD-MIL: Double-Tier Feature Distillation Multiple Instance Learning for Histopathology Whole Slide Image Classification, CVPR 2022",
              "model.", mili_dftd, mili_dftd_configs, "classifier", 0),
+    MILI_ROW("transmil", "Nystrom attention with a class token and convolutional positions", "Shao et al.: TransMIL, NeurIPS 2021",
+             "model.", mili_transmil, mili_base_configs, "classifier", MIL_MODEL_BATCHES),
+    MILI_ROW("transformer", "transformer encoder with a class token, exact attention", "Vaswani et al.: Attention Is All You Need, NeurIPS 2017",
+             "model.", mili_transformer, mili_transformer_configs, "classifier", 0),
+    MILI_ROW("ilra", "attention through a few learned latents and back", "Xiang, Zhang: Exploring Low-Rank Property in Multiple Instance Learning, ICLR 2023",
+             "model.", mili_ilra, mili_base_configs, "classifier", MIL_MODEL_BATCHES),
+    MILI_ROW("rrt", "re-embedding of patches by attention, then attention pooling", "Tang et al.: Feature Re-Embedding, CVPR 2024",
+             "model.", mili_rrt, mili_base_configs, "classifier", MIL_MODEL_BATCHES),
 };
 #undef MILI_ROW
 
