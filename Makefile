@@ -16,6 +16,7 @@ VARIANTS ?= float double
 ONLY     ?=
 FUZZ_CC  ?= clang
 FUZZ_SECONDS ?= 60
+MIL_DATA ?= ../shared/data
 GCOV     ?= gcov
 PYTHON   ?= python3
 BENCH    ?=
@@ -79,7 +80,7 @@ RUNS := $(filter $(addsuffix %,$(addprefix test_,$(ONLY)) $(ONLY)),$(RUNS))
 endif
 LOGS := $(patsubst %,$(B)/logs/%.log,$(RUNS))
 
-.PHONY: help test double mil demo examples bench asan tsan coverage fuzz warnings macros install uninstall clean FORCE
+.PHONY: help test double mil demo real examples bench asan tsan coverage fuzz warnings macros install uninstall clean FORCE
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -104,6 +105,9 @@ mil: build/mil ## the command line tool, build/mil
 
 demo: build/mil ## a synthetic cohort from start to heatmap, in a minute
 	build/mil demo build/demo
+
+real: $(B)/real ## cross-validates on published sets beside reference figures; MIL_DATA=FOLDER names them
+	$(B)/real '$(MIL_DATA)'
 
 examples: $(patsubst %,$(B)/examples/%,$(EXAMPLES)) ## builds examples/*.c into build/<config>/examples
 
@@ -156,6 +160,9 @@ $(B)/bench_cblas.log: tools/bench.c mil.h | $(B)
 	@$(CC) $(MIL_CFLAGS) $(MIL_OPT) -DMIL_USE_CBLAS $(CFLAGS) $(LDFLAGS) -o $(B)/bench_cblas $< $(CBLAS_LIBS) $(MIL_LIBS) > $@ 2>&1 || \
 	    echo 'no bench over a CBLAS: $(CBLAS_LIBS) did not build (see $@)'
 	@touch $@
+
+$(B)/real: $(B)/%: tools/%.c $(B)/mil_float.o | $(B)
+	$(call LINKED,$(B)/$*.c,$(MIL_OPT))
 
 $(B)/mil: tools/mil.c $(B)/mil_float.o | $(B)
 	$(call LINKED,$(B)/mil_tool.c,$(MIL_OPT))
