@@ -80,7 +80,7 @@ RUNS := $(filter $(addsuffix %,$(addprefix test_,$(ONLY)) $(ONLY)),$(RUNS))
 endif
 LOGS := $(patsubst %,$(B)/logs/%.log,$(RUNS))
 
-.PHONY: help test double mil demo real examples bench asan tsan coverage fuzz warnings macros install uninstall clean FORCE
+.PHONY: help test double mil demo real assumption examples bench asan tsan coverage fuzz warnings macros install uninstall clean FORCE
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -108,6 +108,9 @@ demo: build/mil ## a synthetic cohort from start to heatmap, in a minute
 
 real: $(B)/real ## cross-validates on published sets beside reference figures; MIL_DATA=FOLDER names them
 	$(B)/real '$(MIL_DATA)'
+
+assumption: $(B)/assumption ## says for each model whether it respects the MIL assumption (MODEL="abmil clam" for some)
+	$(B)/assumption build/assumption $(MODEL)
 
 examples: $(patsubst %,$(B)/examples/%,$(EXAMPLES)) ## builds examples/*.c into build/<config>/examples
 
@@ -161,7 +164,7 @@ $(B)/bench_cblas.log: tools/bench.c mil.h | $(B)
 	    echo 'no bench over a CBLAS: $(CBLAS_LIBS) did not build (see $@)'
 	@touch $@
 
-$(B)/real: $(B)/%: tools/%.c $(B)/mil_float.o | $(B)
+$(B)/real $(B)/assumption: $(B)/%: tools/%.c $(B)/mil_float.o | $(B)
 	$(call LINKED,$(B)/$*.c,$(MIL_OPT))
 
 $(B)/mil: tools/mil.c $(B)/mil_float.o | $(B)

@@ -3,6 +3,7 @@
 #ifndef TOOL_PARITY_H
 #define TOOL_PARITY_H
 #include "data.h"
+#include "unit_bags.h"
 
 typedef struct replay {
     mil_context *ctx;
@@ -289,7 +290,44 @@ TOOL_FN double replay_input(const replay *r, const char *name, int64_t i)
     return t && i < mil_tensor_count(t) ? tensor_value(t, i) : NAN;
 }
 
+TOOL_FN double replay_draw(void *user, int noise, int64_t index)
+{
+    return replay_input((const replay *)user, noise ? "in.rand.noise" : "in.rand.int", index);
+}
+
+TOOL_FN void replay_out(replay *r, const char *name, const double *x, int64_t count)           // one result, if the case has it
+{
+    const mil_tensor *t = mil_tensors_get(r->file, name);
+    if (t) replay_compare(r, name, t, x, count, 1e-4);
+}
+
+TOOL_FN void replay_out_integers(replay *r, const char *name, const int64_t *x, int64_t count)
+{
+    double *y = TOOL_NEW(double, count);
+    for (int64_t i = 0; i < count; i++) y[i] = (double)x[i];
+    replay_out(r, name, y, count);
+    free(y);
+}
+
+TOOL_FN void replay_unit_bags(replay *r, unit_kind kind)
+{
+    unit_draws draws = { 0, 0, replay_draw, r };
+    const json *train = json_get(r->config, "train");
+    unit_bags u = unit_make(kind, (int64_t)json_number(r->config, "D", 1), (int64_t)json_number(r->config, "num_bags", 0),
+                            (int64_t)json_number(r->config, "B", 0), json_number(r->config, "pos_class_prob", 0.5), train && train->type == 't', &draws);
+    replay_out(r, "out.X", u.x, u.rows * u.D);
+    replay_out(r, "out.y_inst", u.y_inst, u.rows);
+    replay_out_integers(r, "out.Y", u.y, u.bags);
+    replay_out_integers(r, "out.sizes", u.sizes, u.bags);
+    unit_free(&u);
+}
+
+TOOL_FN void replay_sc_standard(replay *r) { replay_unit_bags(r, UNIT_SC_STANDARD); }
+TOOL_FN void replay_mc_standard(replay *r) { replay_unit_bags(r, UNIT_MC_STANDARD); }
+TOOL_FN void replay_false_frequency(replay *r) { replay_unit_bags(r, UNIT_FALSE_FREQUENCY); }
+
 static const replay_function replay_functions[] = {
+    { "sc_standard", replay_sc_standard }, { "mc_standard", replay_mc_standard }, { "false_frequency", replay_false_frequency },
     { NULL, NULL }
 };
 
