@@ -12419,6 +12419,7 @@ MILI_FN void mili_abmil_torchmil_forward(const void *model, const void *config, 
     out->contribution = mili_contribution(&m->classifier, out->attention_weights, x);          // [B, N, 1]
     out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, 1]
     out->loss = mili_bag_loss(in, out->logits);
+    mil_output(out, "loss.BCEWithLogitsLoss", out->loss);
 }
 
 // ---- dsmil: max over instances beside attention to the critical ones (Li, Li, Eliceiri, CVPR 2021), as MIL-Lab has it --
