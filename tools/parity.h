@@ -53,7 +53,7 @@ TOOL_FN void replay_compare(replay *r, const char *name, const mil_tensor *refer
         const double v = tensor_value(reference, i);
         if (isfinite(v) && fabs(v) < 3e38 && fabs(v) > largest) largest = fabs(v);
     }
-    const double limit = dtype_is_integer(reference->dtype) ? 0 : relative * largest + 1e-6;
+    const double limit = dtype_is_integer(reference->dtype) ? 0 : relative * largest + (r->tolerance > 0 ? 1e-3 * relative : 1e-6);
     for (int64_t i = 0; i < n; i++) {
         const double v = tensor_value(reference, i);
         if (isnan(v) && isnan(x[i])) continue;
@@ -290,11 +290,6 @@ TOOL_FN double replay_input(const replay *r, const char *name, int64_t i)
     return t && i < mil_tensor_count(t) ? tensor_value(t, i) : NAN;
 }
 
-TOOL_FN double replay_draw(void *user, int noise, int64_t index)
-{
-    return replay_input((const replay *)user, noise ? "in.rand.noise" : "in.rand.int", index);
-}
-
 TOOL_FN void replay_out(replay *r, const char *name, const double *x, int64_t count)           // one result, if the case has it
 {
     const mil_tensor *t = mil_tensors_get(r->file, name);
@@ -309,27 +304,7 @@ TOOL_FN void replay_out_integers(replay *r, const char *name, const int64_t *x, 
     free(y);
 }
 
-TOOL_FN void replay_unit_bags(replay *r, unit_kind kind)
-{
-    unit_draws draws = { 0, 0, replay_draw, r };
-    const json *train = json_get(r->config, "train");
-    unit_bags u = unit_make(kind, (int64_t)json_number(r->config, "D", 1), (int64_t)json_number(r->config, "num_bags", 0),
-                            (int64_t)json_number(r->config, "B", 0), json_number(r->config, "pos_class_prob", 0.5), train && train->type == 't', &draws);
-    replay_out(r, "out.X", u.x, u.rows * u.D);
-    replay_out(r, "out.y_inst", u.y_inst, u.rows);
-    replay_out_integers(r, "out.Y", u.y, u.bags);
-    replay_out_integers(r, "out.sizes", u.sizes, u.bags);
-    unit_free(&u);
-}
-
-TOOL_FN void replay_sc_standard(replay *r) { replay_unit_bags(r, UNIT_SC_STANDARD); }
-TOOL_FN void replay_mc_standard(replay *r) { replay_unit_bags(r, UNIT_MC_STANDARD); }
-TOOL_FN void replay_false_frequency(replay *r) { replay_unit_bags(r, UNIT_FALSE_FREQUENCY); }
-
-static const replay_function replay_functions[] = {
-    { "sc_standard", replay_sc_standard }, { "mc_standard", replay_mc_standard }, { "false_frequency", replay_false_frequency },
-    { NULL, NULL }
-};
+#include "parity_fn.h"
 
 // Replays one file: 'o' ok, 'F' failed, 's' skipped; prints its line.
 TOOL_FN char replay_file(mil_context *ctx, const char *path, double tolerance, int verbose)
