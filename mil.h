@@ -1264,8 +1264,9 @@ struct mil_node {                                                  // read-only 
     int         rank;
     int64_t     shape[MIL_MAX_RANK];
     int64_t     count;                                             // elements
-    int64_t     rows, cols;                                        // all axes but the last, the last; REDUCE: rows per `outer` of its input
+    int64_t     rows, cols;                                        // of the value: all axes but the last, the last
     int64_t     outer;                                             // REDUCE: independent reductions; else 1
+    int64_t     in_rows;                                           // REDUCE: rows of its row inputs, per `outer`; else as rows
     int         input_count;
     mil_node   *input[MIL_MAX_INPUTS];
     unsigned    row_inputs;                                        // bit i: input i is cut into rows like the result
@@ -1288,7 +1289,7 @@ typedef struct mil_spec {
     mil_dtype  dtype;
     int        rank;
     int64_t    shape[MIL_MAX_RANK];
-    int64_t    outer, rows;                                        // REDUCE only: [outer, rows, ..] of the inputs
+    int64_t    outer, in_rows;                                     // REDUCE only: [outer, in_rows, ..] of the row inputs
     int        input_count;
     mil_node  *input[MIL_MAX_INPUTS];
     unsigned   row_inputs;
@@ -3781,6 +3782,7 @@ MILI_FN mil_node *mili_node_new(mil_tape *tape, const mil_op *op, mil_kind kind,
     n->cols = rank ? shape[rank - 1] : 1;
     n->rows = n->cols ? count / n->cols : mili_shape_count(rank - 1, shape);
     n->outer = 1;
+    n->in_rows = n->rows;
     n->plan = plan;
     n->layer = tape->layer_interned;
     n->index = tape->count;
@@ -3803,7 +3805,7 @@ MIL_DEF mil_node *mil_record(mil_tape *tape, const mil_spec *spec)
     }
     mil_node *n = mili_node_new(tape, spec->op, spec->kind, spec->dtype, spec->rank, spec->shape);
     if (!n) return NULL;
-    if (spec->kind == MIL_KIND_REDUCE) { n->outer = spec->outer; n->rows = spec->rows; }
+    if (spec->kind == MIL_KIND_REDUCE) { n->outer = spec->outer; n->in_rows = spec->in_rows; }
     n->input_count = spec->input_count;
     n->row_inputs = spec->row_inputs;
     memcpy(n->i, spec->i, sizeof n->i);
@@ -4141,14 +4143,14 @@ MILI_FN int64_t mili_row_space(const mil_node *n)
 {
     const mil_node *m = mili_main(n);
     if (m->kind == MIL_KIND_ROWS) return m->rows;
-    if (m->kind == MIL_KIND_REDUCE && m->outer == 1) return m->rows;
+    if (m->kind == MIL_KIND_REDUCE && m->outer == 1) return m->in_rows;
     return 0;
 }
 
 // Elements of one row of input i as n reads it.
 MILI_FN int64_t mili_input_row(const mil_node *n, int i)
 {
-    const int64_t rows = n->outer * n->rows;
+    const int64_t rows = n->outer * n->in_rows;
     return rows ? n->input[i]->count / rows : 0;
 }
 
@@ -4157,7 +4159,7 @@ MILI_FN int mili_reads_rows(const mil_node *c, int i)
 {
     const mil_node *in = c->input[i], *base = in->plan->base;
     if (!(c->row_inputs >> i & 1) || mili_row_space(c) == 0) return 0;
-    return mili_main(base)->kind == MIL_KIND_ROWS && base->rows == c->rows && in->rows == c->rows && in->count / MILI_MAX(c->rows, 1) == in->cols;
+    return mili_main(base)->kind == MIL_KIND_ROWS && base->rows == c->in_rows && in->rows == c->in_rows && in->count / MILI_MAX(c->in_rows, 1) == in->cols;
 }
 
 MILI_FN size_t mili_row_bytes(const mil_node *n) { return (size_t)n->cols * mil_dtype_size(n->dtype); }
@@ -4520,7 +4522,7 @@ MILI_FN void mili_frame_set(mili_frame *f, mil_context *ctx, const mil_node *n, 
     x->in = f->in;
     x->row = row;
     x->rows = rows;
-    x->all_rows = n->rows;
+    x->all_rows = n->in_rows;
     x->kernels = ctx->kernels;
     for (int i = 0; i < n->input_count; i++) {
         const int by_rows = n->row_inputs >> i & 1;
@@ -4680,7 +4682,7 @@ MILI_FN void mili_reduce_slice(void *arg, int64_t outer)
     x.ctx = job->ctx;
     x.node = n;
     x.in = in;
-    x.rows = x.all_rows = n->rows;
+    x.rows = x.all_rows = n->in_rows;
     x.kernels = job->ctx->kernels;
     x.state = job->states + (size_t)slot * job->state_bytes;
     x.scratch = job->states + (size_t)slot * job->state_bytes + mili_align_up(n->op->state_bytes(n));
@@ -4691,7 +4693,7 @@ MILI_FN void mili_reduce_slice(void *arg, int64_t outer)
     x.out = (char *)job->out + (size_t)outer * (mili_node_bytes(n) / (size_t)n->outer);
     if (job->second) x.second = (char *)job->second + (size_t)outer * (mili_node_bytes(n->second) / (size_t)n->outer);
     n->op->begin(&x);
-    if (n->rows) n->op->step(&x);
+    if (n->in_rows) n->op->step(&x);
     n->op->finish(&x);
     mili_slot_give(job->slots, slot);
 }
@@ -4716,7 +4718,7 @@ MILI_FN void mili_run_whole(mil_exec *x, const mili_area *area)
         return;
     }
     x->row = 0;
-    x->rows = x->all_rows = n->rows;
+    x->rows = x->all_rows = n->in_rows;
     n->op->run(x);
 }
 
@@ -4855,7 +4857,7 @@ MILI_FN mil_status mili_run_step(mil_tape *tape, mili_plan *plan, mili_step *ste
     area.slots = &slots;
     area.memory = plan->memory + step->slot_offset;
     area.bytes = step->slot_bytes;
-    mili_frame_set(&f, ctx, step->node[0], 0, step->node[0]->rows, NULL, 0);
+    mili_frame_set(&f, ctx, step->node[0], 0, step->node[0]->in_rows, NULL, 0);
     mili_run_whole(&f.x, &area);
     return ctx->status;
 }
@@ -5983,7 +5985,7 @@ MILI_FN mil_node *mili_reduction(mil_node *x, int axis, mili_reduction_kind kind
     spec.shape[a] = 1;
     spec.dtype = kind == MILI_REDUCTION_argmax ? MIL_I64 : MIL_REAL_DTYPE;
     spec.outer = s.outer;
-    spec.rows = s.n;
+    spec.in_rows = s.n;
     spec.input_count = 1;
     spec.input[0] = x;
     spec.row_inputs = 1;
@@ -6289,7 +6291,7 @@ MILI_FN mil_node *mili_matmul_tn(mil_node *a, mil_node *b)
     mil_spec s = mil_spec_make(&mili_op_matmul_tn, MIL_KIND_REDUCE, a->rank, a->shape);
     s.shape[a->rank - 2] = a->cols;
     s.shape[a->rank - 1] = b->cols;
-    s.rows = a->shape[a->rank - 2];
+    s.in_rows = a->shape[a->rank - 2];
     s.outer = mili_shape_count(a->rank - 2, a->shape);
     s.input_count = 2;
     s.input[0] = a;
@@ -6529,7 +6531,7 @@ MIL_DEF mil_node *mil_softmax_pool(mil_node *scores, mil_node *values)
     const int r = scores->rank;
     mil_spec s = mil_spec_make(&mili_op_softmax_pool, MIL_KIND_REDUCE, r, scores->shape);
     s.outer = mili_shape_count(r - 2, scores->shape);
-    s.rows = scores->shape[r - 2];
+    s.in_rows = scores->shape[r - 2];
     s.shape[r - 2] = scores->cols;
     s.shape[r - 1] = values->cols;
     s.input_count = 2;

@@ -699,6 +699,25 @@ static double case_difference(const op_case *c, array *x, int count, int k, int6
 }
 
 static void (*op_case_watch)(mil_tape *tape);              // is shown each tape before it is freed
+static int op_case_reduced;                                // 1: each input is made by a reduction, see case_reduced
+
+// x itself as the result of a reduction over two more rows than it has: [I; 0]^T [x; 0]. Other shapes than matrices stay.
+static mil_node *case_reduced(mil_tape *tape, mil_node *x, mil_tensor *eye)
+{
+    if (!x || x->rank < 2 || x->count == 0 || x->shape[x->rank - 2] > 300) return x;
+    const int64_t n = x->shape[x->rank - 2], lead = x->count / (n * x->shape[x->rank - 1]);
+    int64_t shape[MIL_MAX_RANK];
+    memcpy(shape, x->shape, sizeof shape);
+    shape[x->rank - 2] = n + 2;
+    shape[x->rank - 1] = n;
+    mil_real *v = (mil_real *)calloc((size_t)(lead * (n + 2) * n), sizeof *v);
+    for (int64_t b = 0; b < lead; b++)
+        for (int64_t i = 0; i < n; i++) v[(b * (n + 2) + i) * n + i] = 1;
+    *eye = mil_tensor_make(v, MIL_REAL_DTYPE, x->rank, shape);
+    mil_node *y = mil_matmul_t(mil_input(tape, "eye", eye), mil_pad(x, -2, 0, 2), 1, 0);
+    check_true(y && y->kind == MIL_KIND_REDUCE && y->rows == lead * n && y->in_rows == n + 2, "case_reduced", 0, "a reduction's rows");
+    return y;
+}
 
 // Records, runs and compares with the reference: the value, and the gradient by every input that has one, at up to 12 places
 // each by central differences of order 4 of the reference. Returns whether all agreed.
@@ -707,7 +726,8 @@ static int op_case_check(mil_context *ctx, const op_case *c, const char *where, 
     array x[CASE_INPUTS];
     char letter[CASE_INPUTS];
     mil_tensor t[CASE_INPUTS];
-    mil_node *in[CASE_INPUTS], *grad[CASE_INPUTS];
+    mil_tensor eye[CASE_INPUTS];
+    mil_node *in[CASE_INPUTS], *given[CASE_INPUTS], *grad[CASE_INPUTS];
     char label[256];
     const int before = check_failures;
     const int count = case_inputs(c, x, letter);
@@ -715,6 +735,7 @@ static int op_case_check(mil_context *ctx, const op_case *c, const char *where, 
     uint64_t state = 99;
     snprintf(label, sizeof label, "%s: %s(%s) i %d %d a %g %s", where, c->name, c->inputs, c->i[0], c->i[1], c->a, c->shape ? c->shape : "");
     memset(grad, 0, sizeof grad);
+    memset(eye, 0, sizeof eye);
     for (int k = 0; k < count; k++) t[k] = case_tensor(&x[k], letter[k]);
     array y = c->reference(c, x, count);
     array cotangent = array_new(y.rank, y.shape);
@@ -727,8 +748,9 @@ static int op_case_check(mil_context *ctx, const op_case *c, const char *where, 
         for (int k = 0; k < count; k++) {
             in[k] = mil_input(tape, "x", &t[k]);
             if (letter[k] == 'n' || letter[k] == 'p') mil_node_want_grad(in[k]);
+            given[k] = op_case_reduced && letter[k] != 'i' ? case_reduced(tape, in[k], &eye[k]) : in[k];
         }
-        mil_node *value = c->record(c, tape, in, t, count), *d = mil_input(tape, "dy", &dy);
+        mil_node *value = c->record(c, tape, given, t, count), *d = mil_input(tape, "dy", &dy);
         mil_node_keep(value);
         if (value && value->dtype == MIL_REAL_DTYPE) {
             mil_tape_backward_from(tape, &value, &d, 1);
@@ -759,7 +781,7 @@ static int op_case_check(mil_context *ctx, const op_case *c, const char *where, 
         if (op_case_watch) op_case_watch(tape);
         mil_tape_free(tape);
     }
-    for (int k = 0; k < count; k++) { free(x[k].v); free(t[k].data); }
+    for (int k = 0; k < count; k++) { free(x[k].v); free(t[k].data); free(eye[k].data); }
     free(y.v);
     free(cotangent.v);
     free(dy.data);

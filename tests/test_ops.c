@@ -60,10 +60,17 @@ TEST(every_op_of_the_list_has_a_case)
     CHECK(mil_op_at(-1) == NULL && mil_op_at(mil_op_count()) == NULL && mil_op_find("no such op") == NULL && mil_op_find(NULL) == NULL);
 }
 
+TEST(every_case_on_results_of_reductions)
+{
+    op_case_reduced = 1;
+    run_all(MIL_CPU_AUTO, 2, poison, 1);
+    op_case_reduced = 0;
+}
 TEST(every_case_node_by_node) { run_all(MIL_CPU_AUTO, 2, apart, 2); }
 TEST(every_case_without_sharing_memory) { run_all(MIL_CPU_AUTO, 1, unshared, 1); }
 TEST(every_case_by_plain_kernels) { run_all(MIL_CPU_PLAIN, 1, poison, 1); }
 TEST(every_case_by_avx2_kernels) { run_all(MIL_CPU_AVX2, 1, poison, 1); }
 
-TESTS(T(every_case_by_row_groups_with_dead_memory_poisoned) T(every_op_of_the_list_has_a_case) T(every_case_node_by_node) T(every_case_without_sharing_memory)
+TESTS(T(every_case_by_row_groups_with_dead_memory_poisoned) T(every_op_of_the_list_has_a_case) T(every_case_on_results_of_reductions)
+      T(every_case_node_by_node) T(every_case_without_sharing_memory)
       T(every_case_by_plain_kernels) T(every_case_by_avx2_kernels))

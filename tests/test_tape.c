@@ -1032,7 +1032,7 @@ TEST(ops_from_outside_run_in_all_three_kinds_with_gradients)
         s = mil_spec_make(&energy, MIL_KIND_REDUCE, 2, x->shape);
         s.shape[0] = 1;
         s.outer = 1;
-        s.rows = N;
+        s.in_rows = N;
         s.input_count = 1;
         s.input[0] = flip_record(y);
         s.row_inputs = 1;
