@@ -144,6 +144,15 @@ TOOL_FN mil_bag replay_bag(const replay *r, const char *prefix, mil_named_tensor
     return bag;
 }
 
+// The same tensor in the arithmetic type, packed: what an input that wants a gradient has to be. The memory is the caller's to free.
+TOOL_FN mil_tensor replay_real(const mil_tensor *t, mil_real **memory)
+{
+    const int64_t n = mil_tensor_count(t);
+    *memory = TOOL_NEW(mil_real, n);
+    for (int64_t i = 0; i < n; i++) (*memory)[i] = (mil_real)tensor_value(t, i);
+    return mil_tensor_make(*memory, MIL_REAL_DTYPE, t->rank, t->shape);
+}
+
 TOOL_FN int loss_find(const char *name, mil_loss *loss)
 {
 #define LOSS(constant, key, text) if (strcmp(name, key) == 0) { *loss = constant; return 1; }
@@ -196,6 +205,7 @@ TOOL_FN void replay_model(replay *r)
     mil_named_tensor *extra = TOOL_NEW(mil_named_tensor, count);
     mil_node **nodes = TOOL_NEW(mil_node *, count);
     replay_labels labels = { NULL, NULL };
+    mil_real *features = NULL;
     mil_tape *tape = NULL;
     mil_outputs out;
     mil_target target;
@@ -213,7 +223,8 @@ TOOL_FN void replay_model(replay *r)
         if (after_prefix(mil_tensors_name(r->file, i), "in.step")) { replay_skip(r, "several steps in one case"); goto done; }
     }
     replay_load(r, model);
-    const mil_bag bag = replay_bag(r, "in.", extra);
+    mil_bag bag = replay_bag(r, "in.", extra);
+    if (bag.features.data) bag.features = replay_real(&bag.features, &features);
     const int wanted = replay_target(r, model, &target, &labels);
     if (r->fail || r->skip) goto done;
     if (mil_tape_create(r->ctx, &tape) != MIL_OK) { replay_fail(r, "(%s)", mil_error(r->ctx)); goto done; }
@@ -274,6 +285,7 @@ TOOL_FN void replay_model(replay *r)
 done:
     mil_tape_free(tape);
     mil_model_free(model);
+    free(features);
     free(extra);
     free(nodes);
     free(labels.classes);

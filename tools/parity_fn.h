@@ -202,10 +202,13 @@ static void fn_tape_loss(replay *r, int kind)              // 0: ce, 1: bce, 2: 
         replay_fail(r, "(no logits or targets)");
         return;
     }
-    mil_node *logits = mil_input(tape, "logits", x), *target = mil_input(tape, "target", y);
+    mil_real *memory;
+    const mil_tensor real = replay_real(x, &memory);
+    mil_node *logits = mil_input(tape, "logits", &real), *target = mil_input(tape, "target", y);
     mil_node_want_grad(logits);
     fn_loss(r, tape, logits, kind == 0 ? mil_cross_entropy(logits, target, NULL, 0) : mil_bce_with_logits(logits, target, kind == 2 ? json_number(r->config, "pos_weight", 1) : 1));
     mil_tape_free(tape);
+    free(memory);
 }
 
 static void fn_ce(replay *r) { fn_tape_loss(r, 0); }
