@@ -306,7 +306,8 @@ MIL_API mil_status mil_input_set(mil_node *input, const void *data);
 MIL_API void mil_node_keep(mil_node *node);                    // its value can be read after the run. NULL is fine
 MIL_API mil_status mil_node_read(mil_node *node, void *dst, int64_t count);   // copies a kept value of `count` elements: mil_real, or int64_t
 
-MIL_API mil_status mil_tape_status(const mil_tape *tape);      // MIL_OK or the first recording error
+MIL_API mil_status mil_tape_status(const mil_tape *tape);      // MIL_OK or the first recording error, whose sentence is then in mil_error, too
+MIL_API const char *mil_tape_error(const mil_tape *tape);      // the sentence of the first recording error, "" when there is none
 
 // Bytes of workspace that the next mil_tape_run needs, so that a caller can decide before running. 0 after an error.
 MIL_API size_t mil_tape_bytes(mil_tape *tape);
@@ -1604,6 +1605,13 @@ MILI_INLINE void mili_enter(mil_context *ctx)
 {
     ctx->status = MIL_OK;
     ctx->error[0] = 0;
+}
+
+// The same for a context that may be NULL: 0 then.
+MILI_INLINE int mili_begin(mil_context *ctx)
+{
+    if (ctx) mili_enter(ctx);
+    return ctx != NULL;
 }
 
 MIL_DEF const char *mil_version(void) { return MIL_VERSION; }
@@ -3598,6 +3606,13 @@ MILI_FN mil_node *mili_tape_fail_ctx(mil_tape *tape)
     return mil_tape_fail(tape, tape->ctx->status, "%s", tape->ctx->error);
 }
 
+// What a call that records ends with: the tape's status, and its sentence in the context.
+MILI_FN mil_status mili_tape_report(const mil_tape *tape)
+{
+    mili_enter(tape->ctx);
+    return tape->status == MIL_OK ? MIL_OK : mili_fail(tape->ctx, tape->status, "%s", tape->error);
+}
+
 typedef struct mili_text { char s[160]; } mili_text;
 
 MILI_FN mili_text mili_shape_text(int rank, const int64_t *shape)          // "[1000, 512]"
@@ -3695,7 +3710,8 @@ MIL_DEF void mil_tape_reset(mil_tape *tape)
 MIL_DEF mil_context *mil_tape_context(mil_tape *tape) { return tape ? tape->ctx : NULL; }
 MIL_DEF void mil_tape_training(mil_tape *tape, int on) { if (tape) tape->training = on != 0; }
 MIL_DEF int mil_tape_is_training(const mil_tape *tape) { return tape ? tape->training : 0; }
-MIL_DEF mil_status mil_tape_status(const mil_tape *tape) { return tape ? tape->status : MIL_ERROR_ARGUMENT; }
+MIL_DEF mil_status mil_tape_status(const mil_tape *tape) { return tape ? mili_tape_report(tape) : MIL_ERROR_ARGUMENT; }
+MIL_DEF const char *mil_tape_error(const mil_tape *tape) { return tape ? tape->error : ""; }
 
 MIL_DEF void mil_tape_seed(mil_tape *tape, uint64_t seed, uint64_t step)
 {
@@ -4010,13 +4026,13 @@ MILI_FN mil_status mili_backward_walk(mil_tape *tape)
     tape->in_backward = 0;
     memcpy(tape->layer, scope, sizeof scope);
     tape->layer_interned = NULL;
-    return tape->status;
+    return mili_tape_report(tape);
 }
 
 MIL_DEF mil_status mil_tape_backward(mil_tape *tape, mil_node *loss)
 {
     if (!tape) return MIL_ERROR_ARGUMENT;
-    if (tape->status != MIL_OK) return tape->status;
+    if (tape->status != MIL_OK) return mili_tape_report(tape);
     if (!loss || loss->tape != tape) mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_tape_backward: no loss on this tape");
     else if (loss->count != 1) mil_tape_fail(tape, MIL_ERROR_SHAPE, "mil_tape_backward: the loss is one number, this is %s", MILI_SHAPE(loss));
     else if (tape->backward_done) mil_tape_fail(tape, MIL_ERROR_STATE, "mil_tape_backward: once per tape");
@@ -4026,14 +4042,14 @@ MIL_DEF mil_status mil_tape_backward(mil_tape *tape, mil_node *loss)
         if (mil_wants_grad(loss)) loss->grad = mil_constant(tape, loss->rank, loss->shape, 1);
         mili_backward_walk(tape);
     }
-    return tape->status;
+    return mili_tape_report(tape);
 }
 
 // The gradient of sum over i of <y[i], dy[i]>, for parts that have several results and no loss.
 MIL_DEF mil_status mil_tape_backward_from(mil_tape *tape, mil_node *const *y, mil_node *const *dy, int count)
 {
     if (!tape) return MIL_ERROR_ARGUMENT;
-    if (tape->status != MIL_OK) return tape->status;
+    if (tape->status != MIL_OK) return mili_tape_report(tape);
     if (tape->backward_done) mil_tape_fail(tape, MIL_ERROR_STATE, "mil_tape_backward_from: once per tape");
     tape->backward_done = 1;
     tape->in_backward = 1;
@@ -4932,8 +4948,7 @@ MILI_FN char *mili_take_workspace(mil_tape *tape, size_t bytes)
 MILI_FN mil_status mili_tape_check(mil_tape *tape)
 {
     if (!tape) return MIL_ERROR_ARGUMENT;
-    mili_enter(tape->ctx);
-    return tape->status == MIL_OK ? MIL_OK : mili_fail(tape->ctx, tape->status, "%s", tape->error);
+    return mili_tape_report(tape);
 }
 
 // Plans what is new and gives it memory. *out NULL when nothing is new.
@@ -12196,8 +12211,8 @@ MIL_DEF mil_status mil_model_record(mil_tape *tape, mil_model *model, const mil_
 {
     if (!tape) return MIL_ERROR_ARGUMENT;
     if (out) memset(out, 0, sizeof *out);
-    if (tape->status != MIL_OK) return tape->status;
-    if (!model || !bag || !out) { mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_model_record: model, bag or out is NULL"); return tape->status; }
+    if (tape->status != MIL_OK) return mili_tape_report(tape);
+    if (!model || !bag || !out) { mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_model_record: model, bag or out is NULL"); return mili_tape_report(tape); }
     mil_inputs in;
     memset(&in, 0, sizeof in);
     mil_tensor f = bag->features;
@@ -12227,7 +12242,7 @@ MIL_DEF mil_status mil_model_record(mil_tape *tape, mil_model *model, const mil_
         if (tape->status == MIL_OK) model->arch->forward(model->layers, model->config, &in, out);
     }
     mil_tape_pop(tape);
-    return tape->status;
+    return mili_tape_report(tape);
 }
 
 // ==== >>model-blocks: the models ==================================================================================
@@ -15055,6 +15070,7 @@ MILI_FN void mili_metric_sort(const double *key, int64_t stride, int64_t n, int6
 
 MIL_DEF mil_status mil_metric_predict(mil_context *ctx, const double *scores, int64_t n, int64_t C, int64_t *predicted)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mil_status status = mili_metric_sizes(ctx, "predict", scores, scores, predicted, n, C, 1);
     if (status == MIL_OK) status = mili_metric_scores(ctx, "predict", scores, n, C, 0);
     for (int64_t i = 0; status == MIL_OK && i < n; i++) predicted[i] = mili_metric_argmax(scores + i * C, C);
@@ -15071,6 +15087,7 @@ MILI_FN void mili_confusion(const int64_t *predicted, const int64_t *labels, con
 MIL_DEF mil_status mil_metric_confusion(mil_context *ctx, const int64_t *predicted, const int64_t *labels, int64_t n,
                                         int64_t C, int64_t *confusion)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mil_status status = mili_metric_sizes(ctx, "confusion", predicted, labels, confusion, n, C, 2);
     if (status == MIL_OK) status = mili_metric_labels(ctx, "confusion", labels, n, C);
     if (status == MIL_OK) status = mili_metric_labels(ctx, "confusion: predicted", predicted, n, C);
@@ -15181,6 +15198,7 @@ MILI_FN mil_status mili_confusion_check(mil_context *ctx, const char *what, cons
 
 MIL_DEF mil_status mil_metric_accuracy(mil_context *ctx, const int64_t *confusion, int64_t C, double *value)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mil_status status = mili_confusion_check(ctx, "accuracy", confusion, C, value);
     if (status == MIL_OK) *value = mili_accuracy(confusion, C);
     return status;
@@ -15188,6 +15206,7 @@ MIL_DEF mil_status mil_metric_accuracy(mil_context *ctx, const int64_t *confusio
 
 MIL_DEF mil_status mil_metric_balanced_accuracy(mil_context *ctx, const int64_t *confusion, int64_t C, double *value)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mil_status status = mili_confusion_check(ctx, "balanced accuracy", confusion, C, value);
     if (status == MIL_OK) *value = mili_balanced_accuracy(confusion, C);
     return status;
@@ -15196,6 +15215,7 @@ MIL_DEF mil_status mil_metric_balanced_accuracy(mil_context *ctx, const int64_t 
 MIL_DEF mil_status mil_metric_precision(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
                                         double *per_class, double *value)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mil_status status = mili_confusion_check(ctx, "precision", confusion, C, value);
     if (status == MIL_OK) *value = mili_class_mean(confusion, C, average, MILI_PRECISION, per_class);
     return status;
@@ -15204,6 +15224,7 @@ MIL_DEF mil_status mil_metric_precision(mil_context *ctx, const int64_t *confusi
 MIL_DEF mil_status mil_metric_recall(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
                                      double *per_class, double *value)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mil_status status = mili_confusion_check(ctx, "recall", confusion, C, value);
     if (status == MIL_OK) *value = mili_class_mean(confusion, C, average, MILI_RECALL, per_class);
     return status;
@@ -15212,6 +15233,7 @@ MIL_DEF mil_status mil_metric_recall(mil_context *ctx, const int64_t *confusion,
 MIL_DEF mil_status mil_metric_specificity(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
                                           double *per_class, double *value)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mil_status status = mili_confusion_check(ctx, "specificity", confusion, C, value);
     if (status == MIL_OK) *value = mili_class_mean(confusion, C, average, MILI_SPECIFICITY, per_class);
     return status;
@@ -15220,6 +15242,7 @@ MIL_DEF mil_status mil_metric_specificity(mil_context *ctx, const int64_t *confu
 MIL_DEF mil_status mil_metric_f1(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
                                  double *per_class, double *value)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mil_status status = mili_confusion_check(ctx, "f1", confusion, C, value);
     if (status == MIL_OK) *value = mili_class_mean(confusion, C, average, MILI_F1, per_class);
     return status;
@@ -15228,6 +15251,7 @@ MIL_DEF mil_status mil_metric_f1(mil_context *ctx, const int64_t *confusion, int
 MIL_DEF mil_status mil_metric_kappa(mil_context *ctx, const int64_t *confusion, int64_t C, mil_kappa_weights weights,
                                     double *value)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mil_status status = mili_confusion_check(ctx, "kappa", confusion, C, value);
     if (status == MIL_OK) *value = mili_kappa(confusion, C, weights);
     return status;
@@ -15342,6 +15366,7 @@ MILI_FN mil_status mili_rank_columns(mil_context *ctx, const char *what, int kin
 
 MIL_DEF mil_status mil_metric_auroc(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n, double *value)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mil_status status = mili_metric_sizes(ctx, "auroc", scores, labels, value, n, 1, 1);
     if (status != MIL_OK) return status;
     return mili_rank_columns(ctx, "auroc", MILI_RANK_AUROC, scores, labels, n, 1, MIL_AVERAGE_MACRO, NULL, value, NULL);
@@ -15350,6 +15375,7 @@ MIL_DEF mil_status mil_metric_auroc(mil_context *ctx, const double *scores, cons
 MIL_DEF mil_status mil_metric_average_precision(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
                                                 double *value)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mil_status status = mili_metric_sizes(ctx, "average precision", scores, labels, value, n, 1, 1);
     if (status != MIL_OK) return status;
     return mili_rank_columns(ctx, "average precision", MILI_RANK_AP, scores, labels, n, 1, MIL_AVERAGE_MACRO, NULL, value,
@@ -15359,6 +15385,7 @@ MIL_DEF mil_status mil_metric_average_precision(mil_context *ctx, const double *
 MIL_DEF mil_status mil_metric_auroc_ovr(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n, int64_t C,
                                         mil_average average, double *per_class, double *value)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mil_status status = mili_metric_sizes(ctx, "auroc", scores, labels, value, n, C, 2);
     if (status != MIL_OK) return status;
     return mili_rank_columns(ctx, "auroc", MILI_RANK_AUROC, scores, labels, n, C, average, per_class, value, NULL);
@@ -15367,6 +15394,7 @@ MIL_DEF mil_status mil_metric_auroc_ovr(mil_context *ctx, const double *scores, 
 MIL_DEF mil_status mil_metric_average_precision_ovr(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
                                                     int64_t C, mil_average average, double *per_class, double *value)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mil_status status = mili_metric_sizes(ctx, "average precision", scores, labels, value, n, C, 2);
     if (status != MIL_OK) return status;
     return mili_rank_columns(ctx, "average precision", MILI_RANK_AP, scores, labels, n, C, average, per_class, value, NULL);
@@ -15375,6 +15403,7 @@ MIL_DEF mil_status mil_metric_average_precision_ovr(mil_context *ctx, const doub
 MIL_DEF mil_status mil_metric_youden(mil_context *ctx, const double *scores, const int64_t *labels, int64_t n,
                                      double *threshold, double *j)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mil_status status = mili_metric_sizes(ctx, "youden", scores, labels, threshold, n, 1, 1);
     if (status != MIL_OK) return status;
     return mili_rank_columns(ctx, "youden", MILI_RANK_YOUDEN, scores, labels, n, 1, MIL_AVERAGE_MACRO, NULL, threshold, j);
@@ -15432,6 +15461,7 @@ MILI_FN mil_status mili_calibration_check(mil_context *ctx, const char *what, co
 MIL_DEF mil_status mil_metric_brier(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
                                     int64_t C, double *value)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     double sum = 0;
     mil_status status = mili_calibration_check(ctx, "brier", probabilities, labels, n, C, value);
     if (status != MIL_OK) return status;
@@ -15443,6 +15473,7 @@ MIL_DEF mil_status mil_metric_brier(mil_context *ctx, const double *probabilitie
 MIL_DEF mil_status mil_metric_log_loss(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
                                        int64_t C, double *value)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     double sum = 0;
     mil_status status = mili_calibration_check(ctx, "log loss", probabilities, labels, n, C, value);
     if (status != MIL_OK) return status;
@@ -15454,6 +15485,7 @@ MIL_DEF mil_status mil_metric_log_loss(mil_context *ctx, const double *probabili
 MIL_DEF mil_status mil_metric_ece(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
                                   int64_t C, int64_t bins, double *value)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     double *bin;
     size_t bytes = 0;
     mil_status status = mili_calibration_check(ctx, "ece", probabilities, labels, n, C, value);
@@ -15501,6 +15533,7 @@ MILI_FN double mili_temperature_nll(const double *logits, const int64_t *labels,
 MIL_DEF mil_status mil_temperature_fit(mil_context *ctx, const double *logits, const int64_t *labels, int64_t n, int64_t C,
                                        double *temperature, double *nll)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     double low = 0.01, high = 100, beta = 1, slope, edge, curvature, value;     // bracket of beta = 1 / T
     mil_status status = mili_metric_sizes(ctx, "temperature", logits, labels, temperature, n, C, 1);
     if (status == MIL_OK) status = mili_metric_labels(ctx, "temperature", labels, n, C < 2 ? 2 : C);
@@ -15599,6 +15632,7 @@ MILI_FN mil_status mili_cindex_check(mil_context *ctx, const double *risk, const
 MIL_DEF mil_status mil_metric_cindex(mil_context *ctx, const double *risk, const double *times, const int64_t *events,
                                      int64_t n, double tolerance, mil_cindex *out)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     const size_t bytes = 4 * (size_t)n * sizeof(int64_t);
     int64_t *work;
     mil_status status = mili_cindex_check(ctx, risk, times, events, n, tolerance, out);
@@ -15721,6 +15755,7 @@ MILI_FN void mili_metric_set_value(const mili_metric_set *set, const int64_t *w,
 MIL_DEF mil_status mil_metrics_compute(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
                                        int64_t C, mil_metrics *out)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mili_metric_set set;
     mil_status status = mili_metric_set_open(ctx, probabilities, labels, n, C, out, &set);
     if (status != MIL_OK) return status;
@@ -15889,6 +15924,7 @@ MILI_FN void mili_bootstrap_interval(mili_resampler *b, int64_t k, double value,
 MIL_DEF mil_status mil_bootstrap(mil_context *ctx, mil_metric_function metric, void *user, const int64_t *labels, int64_t n,
                                  int64_t C, const mil_bootstrap_options *options, mil_interval *out)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mili_resampler b;
     double value = 0;
     const int64_t classes = labels ? C : 1;
@@ -15911,6 +15947,7 @@ MIL_DEF mil_status mil_bootstrap(mil_context *ctx, mil_metric_function metric, v
 MIL_DEF mil_status mil_metrics_bootstrap(mil_context *ctx, const double *probabilities, const int64_t *labels, int64_t n,
                                          int64_t C, const mil_bootstrap_options *options, mil_interval *out)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mili_metric_set set;
     mili_resampler b;
     mil_metrics m;
@@ -15958,6 +15995,7 @@ MILI_FN mil_status mili_cindex_drawn(mil_context *ctx, void *user, const int64_t
 MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, const double *times, const int64_t *events,
                                         int64_t n, double tolerance, const mil_bootstrap_options *options, mil_interval *out)
 {
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
     mili_cindex_user u;
     const size_t bytes = 7 * (size_t)n * sizeof(double);
     mil_status status = mili_cindex_check(ctx, risk, times, events, n, tolerance, out);
