@@ -4520,8 +4520,8 @@ MILI_FN char *mili_value_at(const mil_node *v, int by_rows, size_t row_bytes, in
     const mil_node *base = v->plan->base;
     const mili_plan_node *p = base->plan;
     char *at = (char *)base->data;
-    if (p->place == MILI_PLACE_TILE && base->kind != MIL_KIND_LEAF) return slot + p->offset;
-    if (!by_rows) return at;
+    if (p->place == MILI_PLACE_TILE && base->kind != MIL_KIND_LEAF) return slot ? slot + p->offset : NULL;
+    if (!by_rows || !at) return at;                        // no memory yet: an input that is converted tile by tile
     if (base->kind == MIL_KIND_LEAF) return at + (size_t)(row - p->row_base) * row_bytes;
     return at + (size_t)(p->place == MILI_PLACE_WAVE ? row - wave : row) * row_bytes;
 }
@@ -8041,6 +8041,7 @@ struct mil_builder {
     mil_model *model;
     char       scope[128];
     mil_status status;
+    int64_t    limit, declared;                            // elements: the most that parameters may have (0: any), and have so far
 };
 
 // ---- activations by name ----
@@ -11110,6 +11111,13 @@ MILI_FN int mili_in_range(const char *range, double x)
     return 1;
 }
 
+// Texts among options are printable ASCII without quotes and backslashes, so that they print as JSON as they are.
+MILI_FN int mili_plain_text(const char *text, size_t size)
+{
+    for (size_t i = 0; i < size; i++) if (text[i] < ' ' || text[i] > '~' || text[i] == '"' || text[i] == '\\') return 0;
+    return 1;
+}
+
 // Items of "[a, b]", quotes optional; "null" and "[]" have none. Each is copied to `item`. Returns the count, -1 when malformed or too many.
 MILI_FN int mili_list_items(const char *text, char item[][MIL_OPTION_TEXT_SIZE])
 {
@@ -11127,7 +11135,7 @@ MILI_FN int mili_list_items(const char *text, char item[][MIL_OPTION_TEXT_SIZE])
             if (n == MIL_OPTION_TEXT_SIZE - 1) return -1;
             item[count][n++] = *at++;
         }
-        if ((quote && *at++ != quote) || (!quote && n == 0)) return -1;
+        if ((quote && *at++ != quote) || (!quote && n == 0) || !mili_plain_text(item[count], n)) return -1;
         item[count++][n] = 0;
         while (*at == ' ') at++;
         if (*at == ',') { at++; continue; }
@@ -11180,8 +11188,8 @@ MILI_FN int mili_option_set(const mil_option *o, void *config, const char *text,
         }
     }
     case MIL_OPTION_TEXT:
-        *expected = "a short text";
-        if (strlen(text) >= MIL_OPTION_TEXT_SIZE) return 0;
+        *expected = "a short text of plain ASCII";
+        if (strlen(text) >= MIL_OPTION_TEXT_SIZE || !mili_plain_text(text, strlen(text))) return 0;
         memcpy(at, text, strlen(text) + 1);
         return 1;
     case MIL_OPTION_INTS:
@@ -11229,12 +11237,14 @@ MILI_FN mil_status mili_option_defaults(mil_context *ctx, const mil_option *tabl
     return MIL_OK;
 }
 
-enum { MILI_OPTION_VALUE_SIZE = 512 };
+enum { MILI_OPTION_VALUE_SIZE = 640 };                     // holds a full list of the longest texts, printed
 
 // A JSON object of options. Keys listed in `ignored` (separated by blanks) are passed over.
 MILI_FN mil_status mili_parse_options_json(mil_context *ctx, const mil_option *table, int count, mili_json object, void *config, const char *what, const char *ignored)
 {
     mili_json key, value;
+    if (mili_json_kind(object) != '{') return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: the options are not an object", what);
+    if (mili_json_check_unique(ctx, what, object) != MIL_OK) return ctx->status;
     mili_json_iter it = mili_json_begin(object);
     while (mili_json_next(&it, &key, &value)) {
         char name[64], text[MILI_OPTION_VALUE_SIZE];
@@ -11378,6 +11388,11 @@ MILI_FN mil_param *mili_declare_list(mil_builder *b, mil_dtype dtype, int traina
     const int64_t count = rank >= 0 && rank <= MIL_MAX_RANK ? mili_shape_count(rank, shape) : -1;
     if (count < 1) {
         mil_declare_fail(b, MIL_ERROR_ARGUMENT, "parameter %s would have the shape %s", name, mili_shape_text(MILI_MAX(0, MILI_MIN(rank, MIL_MAX_RANK)), shape).s);
+        return NULL;
+    }
+    b->declared += count;                                  // no sum of shapes that were accepted comes near 2^63
+    if (b->limit && b->declared > b->limit) {
+        mil_declare_fail(b, MIL_ERROR_FORMAT, "the options ask for %lld numbers or more, the file's tensors justify %lld", (long long)b->declared, (long long)b->limit);
         return NULL;
     }
     mil_param *p = (mil_param *)mili_arena_alloc(ctx, &model->arena, sizeof *p);
@@ -11546,7 +11561,8 @@ MILI_FN const mil_architecture *mili_find_architecture(mil_context *ctx, const m
 }
 
 // A model with its parameters declared; options come as text, as a JSON object, or both.
-MILI_FN mil_model *mili_model_new(mil_context *ctx, const char *name, const char *options, const mili_json *object, const char *ignored)
+// limit: the most elements that all parameters may have, 0: any.
+MILI_FN mil_model *mili_model_new(mil_context *ctx, const char *name, const char *options, const mili_json *object, const char *ignored, int64_t limit)
 {
     mili_name parts;
     const mil_config *config = NULL;
@@ -11574,6 +11590,7 @@ MILI_FN mil_model *mili_model_new(mil_context *ctx, const char *name, const char
     mil_builder b;
     memset(&b, 0, sizeof b);
     b.model = model;
+    b.limit = limit;
     char dim[32];
     snprintf(dim, sizeof dim, "%lld", (long long)in_dim);
     const mil_option *table = arch->options;
@@ -11601,7 +11618,7 @@ MIL_DEF mil_model *mil_create(mil_context *ctx, const char *name, const char *op
     if (!ctx) return NULL;
     mili_enter(ctx);
     if (!name) { mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_create: name is NULL"); return NULL; }
-    return mili_model_new(ctx, name, options, NULL, NULL);
+    return mili_model_new(ctx, name, options, NULL, NULL, 0);
 }
 
 // ---- asking a model ----
@@ -11820,8 +11837,8 @@ MILI_FN void mili_tensor_convert(const mil_context *ctx, const mil_tensor *t, mi
             mil_real v = 0;
             if (dtype == MIL_I64 && t->dtype == MIL_I64) { memcpy((int64_t *)dst + r * cols + j, src + j * step, sizeof(int64_t)); continue; }
             mili_convert(ctx->kernels, &v, src + j * step, t->dtype, 1);
-            if (dtype == MIL_I64) ((int64_t *)dst)[r * cols + j] = (int64_t)v;
-            else ((mil_real *)dst)[r * cols + j] = v;
+            if (dtype != MIL_I64) ((mil_real *)dst)[r * cols + j] = v;
+            else ((int64_t *)dst)[r * cols + j] = mili_is_finite(v) && mili_fabs(v) < (mil_real)9e18 ? (int64_t)v : 0;
         }
     }
 }
@@ -11941,7 +11958,9 @@ MILI_FN mil_model *mili_open_tensors(mil_context *ctx, const mil_tensors *file, 
         mili_fail(ctx, MIL_ERROR_FORMAT, "%s does not say which model it is for: no mil.model in its metadata, no config.json beside it; use mil_create and mil_load", where);
         return NULL;
     }
-    mil_model *model = mili_model_new(ctx, name, NULL, &object, ignored);
+    int64_t elements = 0;                                  // a file's claims cost no more memory than its tensors justify
+    for (int64_t t = 0; t < mil_tensors_count(file); t++) elements += mil_tensor_count(mil_tensors_at(file, t));
+    mil_model *model = mili_model_new(ctx, name, NULL, &object, ignored, 2 * elements + 65536);   // twice: a head may be missing
     if (!model) return NULL;
     mil_load_options o = mil_load_options_default();
     int head = 0, has_head = 0;
@@ -11960,7 +11979,9 @@ MILI_FN mil_model *mili_open_tensors(mil_context *ctx, const mil_tensors *file, 
     const char *classes = mil_tensors_meta(file, "mil.classes");
     if (classes && ctx->status == MIL_OK) {                // a JSON list of names
         mili_json list, key, value;
-        if (mili_json_parse(ctx, "mil.classes", classes, strlen(classes), 2, &list) == MIL_OK && mili_json_kind(list) == '[') {
+        if (mili_json_parse(ctx, "mil.classes", classes, strlen(classes), 2, &list) == MIL_OK && mili_json_kind(list) != '[')
+            mili_fail(ctx, MIL_ERROR_FORMAT, "%s: mil.classes is not a list of names", where);
+        else if (ctx->status == MIL_OK) {
             const int64_t count = mili_json_count(list);
             const size_t bytes = strlen(classes) + 1;
             char *texts = (char *)mili_alloc(ctx, bytes);
@@ -14435,6 +14456,7 @@ MILI_FN void mili_scorer_keep(mil_scorer *s, const mil_outputs *out, int streame
 
 // ---- what a stream needs of a plan ----
 enum { MILI_STREAM_COLS = 64 };                            // values kept per instance, beside one per class
+#define MILI_STREAM_MAX (INT64_C(1) << 48)                 // instances of a stream, so that sums of them cannot overflow
 
 MILI_FN int mili_is_rows_of(const mil_node *n, int64_t rows)
 {
@@ -14612,7 +14634,7 @@ MIL_DEF mil_scorer *mil_scorer_create(mil_model *model, const mil_scorer_options
     s->options = options ? *options : mil_scorer_options_default();
     s->results_at = -1;
     s->streamed = 1;
-    if (s->options.capacity < 0 || s->options.results >> MIL_RESULT_COUNT)
+    if (s->options.capacity < 0 || s->options.capacity > MILI_STREAM_MAX || s->options.results >> MIL_RESULT_COUNT)
         mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_create: capacity %lld, results %x", (long long)s->options.capacity, s->options.results);
     else mili_scorer_open(s, MILI_MAX(s->options.capacity, 1024));
     if (ctx->status != MIL_OK) {
@@ -14634,7 +14656,7 @@ MIL_DEF void mil_scorer_free(mil_scorer *s)
 
 MIL_DEF size_t mil_scorer_bytes(mil_model *model, const mil_scorer_options *options, int64_t instances)
 {
-    if (!model || instances < 1) return 0;
+    if (!model || instances < 1 || instances > MILI_STREAM_MAX || (options && options->capacity > MILI_STREAM_MAX)) return 0;
     mil_context *ctx = model->ctx;
     mili_enter(ctx);
     const size_t before = ctx->bytes;
@@ -14777,8 +14799,8 @@ MILI_FN mil_status mili_scorer_push(mil_scorer *s, const void *rows, int64_t cou
                          (unsigned long long)stride, mil_dtype_name(dtype), (unsigned long long)packed);
     if (s->refused) return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "%s", s->reason);
     if (!s->streamed) mil_scorer_reset(s);
+    if (count > MILI_STREAM_MAX - s->fed - s->staged) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_push: %lld rows", (long long)count);
     const int64_t total = s->fed + s->staged + count;
-    if (count > INT64_MAX / 4 - s->fed - s->staged) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_push: %lld rows", (long long)count);
     if (total > s->capacity && mili_scorer_open(s, MILI_MAX(total, 2 * s->capacity)) != MIL_OK) return ctx->status;
     if (count == 0) return MIL_OK;
     if (!stride) stride = packed;

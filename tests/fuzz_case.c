@@ -1,7 +1,7 @@
 // Parity cases as `mil check` reads them: any file is replayed, fails or is skipped with a reason. As in fuzz_safetensors an
 // input that begins with { lacks the length in front.
 #include "fuzz_tool.h"
-#include "../tools/replay.h"
+#include "../tools/parity.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {

@@ -30,8 +30,8 @@ static inline void *fuzz_grow(void *p, size_t size)
 
 static inline void fuzz_release(void *p)
 {
-    struct fuzz_piece *piece = (struct fuzz_piece *)p - 1;
     if (!p) return;
+    struct fuzz_piece *piece = (struct fuzz_piece *)p - 1;
     piece->next->before = piece->before;
     piece->before->next = piece->next;
     free(piece);
@@ -67,6 +67,7 @@ static inline int fuzz_silent(void) { return 0; }
 #define exit(code) fuzz_exit(code)
 #define fputs(text, file) ((void)(text), fuzz_silent())
 #define vfprintf(file, format, list) ((void)(format), fuzz_silent())
+#define fputc(c, file) fuzz_silent()
 #define printf(...) fuzz_silent()
 
 #endif
