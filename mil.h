@@ -2129,6 +2129,8 @@ MILI_INLINE double mili_random_gauss(uint64_t seed, uint64_t stream, uint64_t co
 //   K->gate(y, a, b, n)                                               y = tanh(a) * sigmoid(b); y may be a or b
 //   K->add, sub, mul, div (y, a, b, n)                                y = a op b; y may be a or b
 //   K->mul_add(y, a, b, n)                                            y += a b, element by element; y may not be a or b
+//   K->tanh_grad, sigmoid_grad, relu_grad (y, v, d, n)                y = d f'(x) with v = f(x); y may be v or d
+//   K->drop(y, x, u, rate, n)                                         y = u < rate ? 0 : x / (1 - rate); y may be x or u
 //   K->axpy(y, a, x, n)                                               y += a x
 //   K->scale(y, x, a, b, n)                                           y = a x + b; y may be x
 //   K->sum(x, n), dot(x, y, n), max(x, n), min(x, n)                  n = 0: 0, 0, -inf, +inf. A NaN gives NaN.
@@ -2176,8 +2178,7 @@ MILI_INLINE double mili_random_gauss(uint64_t seed, uint64_t stream, uint64_t co
 #define MILI_MR_MAX 12                 // rows of a tile of C, at most
 #define MILI_NR_MAX 32                 // its columns, at most
 #define MILI_THIN 8                    // up to this n: dot products instead of tiles
-#define MILI_GEMM_BLOCK 65536          // reals of B that are packed into scratch at a time
-#define MILI_PACKED_BLOCK 131072       // reals of packed B in use at a time: they stay in the L2 cache
+#define MILI_GEMM_BLOCK 131072         // reals of B that are in use at a time, 512 KiB: they stay in the L2 cache
 
 // C tile [rows, nr] = start + A B, or C += A B with `add`. A: element (r, p) stands at a[r * MILI_KC_STEP + p], or, by
 // column, at a[p * mr + r]. B: nr reals per p, b_step apart. start [nr]: what the accumulators of each row begin with.
@@ -2199,7 +2200,8 @@ typedef struct mili_kernels {
     mili_tile_fn *tile;
     mili_dot4_fn *dot4;
     mili_map_fn *exp, *tanh, *sigmoid, *erf, *gelu, *gelu_grad, *silu, *silu_grad, *relu;
-    mili_zip_fn *gate, *add, *sub, *mul, *div, *mul_add;
+    mili_zip_fn *gate, *add, *sub, *mul, *div, *mul_add, *tanh_grad, *sigmoid_grad, *relu_grad;
+    void (*drop)(mil_real *y, const mil_real *x, const mil_real *u, mil_real rate, int64_t n);
     void (*axpy)(mil_real *y, mil_real a, const mil_real *x, int64_t n);
     void (*scale)(mil_real *y, const mil_real *x, mil_real a, mil_real b, int64_t n);
     mili_fold_fn *sum, *max, *min;
@@ -2258,6 +2260,8 @@ MILI_LANES mil_real mili_infinity(int negative)
         MILI_ROWS_##R(MILI_ROW_START, T) \
         for (; k > 0; k--, a += a_step, b += b_step) { \
             const T##_v b0 = T##_load(b), b1 = T##_load(b + T##_lanes); \
+            MILI_PREFETCH(b + 16 * b_step);                /* wide vectors: the other half is another cache line */ \
+            if (T##_lanes * sizeof(mil_real) >= 64) MILI_PREFETCH(b + 16 * b_step + T##_lanes); \
             T##_v x; \
             MILI_ROWS_##R(MILI_ROW_FMA, T) \
         } \
@@ -2319,6 +2323,22 @@ MILI_LANES mil_real mili_infinity(int negative)
         int64_t i = 0; \
         for (; i + T##_lanes <= n; i += T##_lanes) T##_store(y + i, T##_##f(T##_load(a + i), T##_load(b + i))); \
         if (i < n) T##_store_part(y + i, T##_##f(T##_load_part(a + i, n - i), T##_load_part(b + i, n - i)), n - i); \
+    }
+
+// Gradients of tanh, sigmoid and relu from their results v, and dropout.
+#define MILI_DEFINE_GRADS(T, TARGET) \
+    MILI_LANES TARGET T##_v T##_tanh_grad(T##_v v, T##_v d) { return T##_mul(d, T##_fma(T##_sub(T##_set(0), v), v, T##_set(1))); } \
+    MILI_LANES TARGET T##_v T##_sigmoid_grad(T##_v v, T##_v d) { return T##_mul(d, T##_mul(v, T##_sub(T##_set(1), v))); } \
+    MILI_LANES TARGET T##_v T##_relu_grad(T##_v v, T##_v d) { return T##_less(T##_set(0), v, d, T##_set(0)); } \
+    MILI_DEFINE_ZIP(T, TARGET, tanh_grad) \
+    MILI_DEFINE_ZIP(T, TARGET, sigmoid_grad) \
+    MILI_DEFINE_ZIP(T, TARGET, relu_grad) \
+    static TARGET void T##_drop(mil_real *y, const mil_real *x, const mil_real *u, mil_real rate, int64_t n) \
+    { \
+        const T##_v r = T##_set(rate), s = T##_set(1 / (1 - rate)), zero = T##_set(0); \
+        int64_t i = 0; \
+        for (; i + T##_lanes <= n; i += T##_lanes) T##_store(y + i, T##_less(T##_load(u + i), r, zero, T##_mul(T##_load(x + i), s))); \
+        if (i < n) T##_store_part(y + i, T##_less(T##_load_part(u + i, n - i), r, zero, T##_mul(T##_load_part(x + i, n - i), s)), n - i); \
     }
 
 // max and min: the vectors' own instruction may drop a NaN, so NaNs are gathered on the side. None: 0 stays.
@@ -2543,12 +2563,14 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
     MILI_DEFINE_ZIP(T, TARGET, sub) \
     MILI_DEFINE_ZIP(T, TARGET, mul) \
     MILI_DEFINE_ZIP(T, TARGET, div) \
+    MILI_DEFINE_GRADS(T, TARGET) \
     MILI_DEFINE_FOLDS(T, TARGET) \
     static const mili_kernels T##_kernels = { \
         tier, text, T##_lanes, T##_mr, 2 * T##_lanes, T##_tile, T##_dot4, \
         T##_map_exp, T##_map_tanh, T##_map_sigmoid, T##_map_erf, T##_map_gelu, T##_map_gelu_grad, \
         T##_map_silu, T##_map_silu_grad, T##_map_relu, \
-        T##_zip_gate, T##_zip_add, T##_zip_sub, T##_zip_mul, T##_zip_div, T##_mul_add, T##_axpy, T##_scale, \
+        T##_zip_gate, T##_zip_add, T##_zip_sub, T##_zip_mul, T##_zip_div, T##_mul_add, \
+        T##_zip_tanh_grad, T##_zip_sigmoid_grad, T##_zip_relu_grad, T##_drop, T##_axpy, T##_scale, \
         T##_fold_sum, T##_fold_max, T##_fold_min, T##_fold_dot, T##_exp_sum, T##_from_f16, T##_from_bf16 };
 
 // ---- plain C ---------------------------------------------------------------------------------------------------------
@@ -2607,6 +2629,10 @@ MILI_LANES mil_real mili_lane_fma(mil_real a, mil_real b, mil_real c) { return f
 MILI_LANES mil_real mili_lane_fma(mil_real a, mil_real b, mil_real c) { return mili_rounded(a * b + c); }
 #endif
 
+MILI_LANES mili_plain_v mili_plain_less(mili_plain_v x, mili_plain_v y, mili_plain_v a, mili_plain_v b)
+{
+    return mili_plain_make(x.x < y.x ? a.x : b.x, x.y < y.y ? a.y : b.y, x.z < y.z ? a.z : b.z, x.w < y.w ? a.w : b.w);
+}
 MILI_LANES mil_real mili_plain_sum(mili_plain_v v) 
 {
     return mili_rounded(mili_rounded(v.x + v.z) + mili_rounded(v.y + v.w));
@@ -3110,16 +3136,16 @@ MILI_FN int64_t mili_gemm_packed_count(const mili_kernels *K, int64_t n, int64_t
 }
 
 // Panels of B that are in use at a time.
-static int64_t mili_gemm_block_panels(const mili_kernels *K, int64_t k, int packed)
+static int64_t mili_gemm_block_panels(const mili_kernels *K, int64_t k)
 {
-    return (packed ? MILI_PACKED_BLOCK : MILI_GEMM_BLOCK) / (K->nr * MILI_MAX(1, MILI_MIN(k, MILI_KC)));
+    return MILI_GEMM_BLOCK / (K->nr * MILI_MAX(1, MILI_MIN(k, MILI_KC)));
 }
 
 MILI_FN int64_t mili_gemm_scratch(const mili_kernels *K, int64_t n, int64_t k)
 {
     const int64_t depth = MILI_MIN(k, MILI_KC);
     if (n <= MILI_THIN) return n * mili_round_up(depth, K->lanes);
-    return MILI_MIN(mili_gemm_panels(K, n), mili_gemm_block_panels(K, k, 0)) * K->nr * depth;
+    return MILI_MIN(mili_gemm_panels(K, n), mili_gemm_block_panels(K, k)) * K->nr * depth;
 }
 
 // For a few reals a call of memcpy takes longer than the copy.
@@ -3135,7 +3161,7 @@ static void mili_pack_panel(mil_real *dst, int64_t nr, const mil_real *b, int64_
 {
     if (width < nr) memset(dst, 0, (size_t)(nr * k) * sizeof *dst);
     if (b_col == 1) {
-        for (int64_t p = 0; p < k; p++) memcpy(dst + p * nr, b + p * b_row, (size_t)width * sizeof *dst);
+        for (int64_t p = 0; p < k; p++) mili_copy_few(dst + p * nr, b + p * b_row, width);
         return;
     }
     int64_t j = 0;
@@ -3266,7 +3292,8 @@ static int mili_gemm_cblas(const mili_gemm *g)
 MILI_FN void mili_gemm_run(const mili_kernels *K, const mili_gemm *g)
 {
     mil_real a_tile[MILI_MR_MAX * MILI_KC_STEP], start[MILI_NR_MAX];
-    const int64_t nr = K->nr, mr = K->mr, block = mili_gemm_block_panels(K, g->k, g->packed != NULL) * nr;
+    const int64_t nr = K->nr, mr = K->mr, block = mili_gemm_block_panels(K, g->k) * nr;
+    if (g->m <= 0 || g->n <= 0) return;
     if (g->k <= 0) {
         if (g->accumulate) return;
         for (int64_t i = 0; i < g->m; i++)
@@ -5243,9 +5270,9 @@ MILI_FN void mili_unary_grad_run(const mil_exec *x)
     case MILI_UNARY_square:     MILI_EACH_GRAD(2 * v); break;
     case MILI_UNARY_abs:        MILI_EACH_GRAD((mil_real)((v > 0) - (v < 0))); break;
     case MILI_UNARY_reciprocal: MILI_EACH_GRAD(-v * v); break;
-    case MILI_UNARY_tanh:       MILI_EACH_GRAD(1 - v * v); break;
-    case MILI_UNARY_sigmoid:    MILI_EACH_GRAD(v * (1 - v)); break;
-    case MILI_UNARY_relu:       for (int64_t i = 0; i < n; i++) y[i] = a[i] > 0 ? d[i] : 0; break;
+    case MILI_UNARY_tanh:       K->tanh_grad(y, a, d, n); break;
+    case MILI_UNARY_sigmoid:    K->sigmoid_grad(y, a, d, n); break;
+    case MILI_UNARY_relu:       K->relu_grad(y, a, d, n); break;
     case MILI_UNARY_gelu:       K->gelu_grad(y, a, n); K->mul(y, y, d, n); break;
     case MILI_UNARY_silu:       K->silu_grad(y, a, n); K->mul(y, y, d, n); break;
     case MILI_UNARY_softplus:   K->sigmoid(y, a, n); K->mul(y, y, d, n); break;
@@ -5318,6 +5345,7 @@ MILI_FN void mili_binary_span(const mili_kernels *K, int64_t kind, double param,
         case MILI_BINARY_sub: K->sub(y, a, b, n); return;
         case MILI_BINARY_mul: K->mul(y, a, b, n); return;
         case MILI_BINARY_div: K->div(y, a, b, n); return;
+        case MILI_BINARY_drop: K->drop(y, a, b, p, n); return;
         default: break;
         }
     }
@@ -5332,7 +5360,7 @@ MILI_FN void mili_binary_span(const mili_kernels *K, int64_t kind, double param,
     case MILI_BINARY_weights:   MILI_PAIRS(w == -MILI_INF ? 0 : v - w);
                                 for (int64_t i = 0; i < n; i++) if (b[i * sb] == -MILI_INF) y[i] = -MILI_INF;
                                 K->exp(y, y, n); break;
-    case MILI_BINARY_drop:      MILI_PAIRS(w >= p ? v / (1 - p) : 0); break;
+    case MILI_BINARY_drop:      MILI_PAIRS(w < p ? 0 : v * (1 / (1 - p))); break;
     case MILI_BINARY_broadcast: MILI_PAIRS(v); break;
     case MILI_BINARY_COUNT:     break;
     }
@@ -6179,6 +6207,7 @@ MILI_FN size_t mili_gemm_scratch_bytes(const mil_node *n)
     MILI_UNUSED(n);
     return (size_t)MILI_GEMM_BLOCK * sizeof(mil_real);
 }
+MILI_FN size_t mili_linear_scratch(const mil_node *n) { return mili_linear_prepare_bytes(n) ? 0 : mili_gemm_scratch_bytes(n); }
 
 MILI_FN mil_node *mili_linear(mil_node *x, mil_node *w, mil_node *bias, int transposed);
 MILI_FN mil_node *mili_matmul_tn(mil_node *a, mil_node *b);
@@ -6201,7 +6230,7 @@ MILI_FN void mili_linear_grad(mil_node *n, mil_node *dy)
     if (mil_wants_grad(bias)) mil_add_grad(bias, mil_sum_to(dy, bias->rank, bias->shape));
 }
 #endif
-static const mil_op mili_op_linear = { "linear", mili_linear_run, NULL, NULL, NULL, NULL, NULL, mili_gemm_scratch_bytes,
+static const mil_op mili_op_linear = { "linear", mili_linear_run, NULL, NULL, NULL, NULL, NULL, mili_linear_scratch,
                                        mili_linear_prepare_bytes, mili_linear_prepare, MILI_GRAD(mili_linear_grad), 0 };
 
 // w is [.., r, c] with leading axes 1.
@@ -6236,21 +6265,21 @@ MIL_DEF mil_node *mil_linear(mil_node *x, mil_node *weight, mil_node *bias)
 MILI_FN size_t mili_matmul_tn_state(const mil_node *n) { return (size_t)(n->outer ? n->count / n->outer : 0) * sizeof(mil_real); }
 MILI_FN void mili_matmul_tn_begin(const mil_exec *x) { memset(x->state, 0, mili_matmul_tn_state(x->node)); }
 
-MILI_FN void mili_matmul_tn_block(const mil_exec *x, mil_real *c, int64_t p0, int64_t p1, int64_t rows, int accumulate, void *scratch)
+MILI_FN void mili_matmul_tn_block(const mil_exec *x, mil_real *c, int64_t p0, int64_t p1, int64_t q0, int64_t q1, int64_t rows, int accumulate, void *scratch)
 {
     const int64_t p = x->node->shape[x->node->rank - 2], q = x->node->cols;
     mili_gemm g;
     memset(&g, 0, sizeof g);
     g.m = p1 - p0;
-    g.n = q;
+    g.n = q1 - q0;
     g.k = rows;
     g.a = MILI_IN(x, 0) + p0;
     g.a_row = 1;
     g.a_col = p;
-    g.b = MILI_IN(x, 1);
+    g.b = MILI_IN(x, 1) + q0;
     g.b_row = q;
     g.b_col = 1;
-    g.c = c + p0 * q;
+    g.c = c + p0 * q + q0;
     g.c_row = q;
     g.accumulate = accumulate;
     g.scratch = (mil_real *)scratch;
@@ -6259,7 +6288,7 @@ MILI_FN void mili_matmul_tn_block(const mil_exec *x, mil_real *c, int64_t p0, in
 
 MILI_FN void mili_matmul_tn_step(const mil_exec *x)
 {
-    mili_matmul_tn_block(x, (mil_real *)x->state, 0, x->node->shape[x->node->rank - 2], x->rows, 1, x->scratch);
+    mili_matmul_tn_block(x, (mil_real *)x->state, 0, x->node->shape[x->node->rank - 2], 0, x->node->cols, x->rows, 1, x->scratch);
 }
 
 MILI_FN void mili_matmul_tn_merge(const mil_exec *x, void *into, const void *from)
@@ -6269,13 +6298,24 @@ MILI_FN void mili_matmul_tn_merge(const mil_exec *x, void *into, const void *fro
 
 MILI_FN void mili_matmul_tn_finish(const mil_exec *x) { memcpy(x->out, x->state, mili_matmul_tn_state(x->node)); }
 
-enum { MILI_TN_BLOCK = 96 };                               // rows of the result per task
+// A task is a block of the result. Each packs its own columns of b once and its own columns of a, so blocks are as large as
+// leaves every thread two of them. An element's sum runs over the rows in order, whatever block it stands in.
+enum { MILI_TN_COLS = 512, MILI_TN_ROWS = 48 };            // columns of a block; rows come in multiples of this
+
+MILI_FN int64_t mili_matmul_tn_rows(const mil_exec *x)     // of a block
+{
+    const int64_t p = x->node->shape[x->node->rank - 2], across = (x->node->cols + MILI_TN_COLS - 1) / MILI_TN_COLS;
+    const int64_t down = MILI_MAX(1, (2 * x->ctx->threads + across - 1) / across);
+    const int64_t rows = x->ctx->threads == 1 ? p : (p + down - 1) / down;
+    return MILI_MAX(1, (rows + MILI_TN_ROWS - 1) / MILI_TN_ROWS) * MILI_TN_ROWS;
+}
 
 MILI_FN void mili_matmul_tn_task(void *arg, int64_t index, void *scratch)
 {
     const mil_exec *x = (const mil_exec *)arg;
-    const int64_t p = x->node->shape[x->node->rank - 2], p0 = index * MILI_TN_BLOCK;
-    mili_matmul_tn_block(x, MILI_OUT(x), p0, MILI_MIN(p0 + MILI_TN_BLOCK, p), x->rows, x->row > 0, scratch);
+    const int64_t p = x->node->shape[x->node->rank - 2], q = x->node->cols, across = (q + MILI_TN_COLS - 1) / MILI_TN_COLS, rows = mili_matmul_tn_rows(x);
+    const int64_t p0 = index / across * rows, q0 = index % across * MILI_TN_COLS;
+    mili_matmul_tn_block(x, MILI_OUT(x), p0, MILI_MIN(p0 + rows, p), q0, MILI_MIN(q0 + MILI_TN_COLS, q), x->rows, x->row > 0, scratch);
 }
 
 // Deferred: a wave of rows at a time, parallel over the result.
@@ -6283,8 +6323,8 @@ MILI_FN void mili_matmul_tn_run(const mil_exec *x)
 {
     union { const mil_exec *c; void *m; } u;               // tasks take a plain pointer and only read it
     u.c = x;
-    const int64_t p = x->node->shape[x->node->rank - 2];
-    mil_exec_parallel(x, (p + MILI_TN_BLOCK - 1) / MILI_TN_BLOCK, mili_matmul_tn_task, u.m);
+    const int64_t p = x->node->shape[x->node->rank - 2], rows = mili_matmul_tn_rows(x);
+    mil_exec_parallel(x, (p + rows - 1) / rows * ((x->node->cols + MILI_TN_COLS - 1) / MILI_TN_COLS), mili_matmul_tn_task, u.m);
 }
 
 #ifndef MIL_NO_TRAINING
@@ -16132,7 +16172,6 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_OS_WRITE
 #undef MILI_OUT
 #undef MILI_O_CLOEXEC
-#undef MILI_PACKED_BLOCK
 #undef MILI_PAIRS
 #undef MILI_PASTE
 #undef MILI_PASTE_
