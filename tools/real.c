@@ -2,7 +2,9 @@
 // figures, and prints ours beside those. The sets are not part of this repository: `make real MIL_DATA=FOLDER` names them.
 //
 // The net is that of Wang et al. 2018 (FC 256-128-64 with ReLU, dropout 0.5) with the pooling of Ilse et al. 2018 and one logit.
-// It is a model of its own here, made of the header's public parts and registered with mil_register.
+// It is a model of its own here, made of the header's public parts and registered with mil_register. Its layers start as Glorot
+// and Bengio have it (Wang's framework does): with the smaller weights that PyTorch starts from, 50 epochs at rates of 1e-4 do not
+// reach the end, and elephant stays at an AUROC of .83 instead of .93.
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -31,11 +33,11 @@ static void net_declare(mil_builder *b, void *model, const void *config)
     int64_t width = c->in_dim;
     if (c->sizes.count < 1 || c->sizes.count > NET_MAX_LAYERS) mil_declare_fail(b, MIL_ERROR_ARGUMENT, "sizes: 1 to %d layers", NET_MAX_LAYERS);
     for (int k = 0; k < c->sizes.count && k < NET_MAX_LAYERS; k++) {
-        m->fc[k] = mil_declare_linear(b, width, c->sizes.value[k], 1, MIL_LINEAR_TORCH, "fc.%d", k);
+        m->fc[k] = mil_declare_linear(b, width, c->sizes.value[k], 1, MIL_LINEAR_XAVIER, "fc.%d", k);
         width = c->sizes.value[k];
     }
     m->scorer = mil_declare_attention_scorer(b, width, c->attn_dim, 1, c->gate, 0, "attention");
-    m->classifier = mil_declare_linear(b, width, c->num_classes, 1, MIL_LINEAR_TORCH, "classifier");
+    m->classifier = mil_declare_linear(b, width, c->num_classes, 1, MIL_LINEAR_XAVIER, "classifier");
 }
 
 static void net_forward(const void *model, const void *config, const mil_inputs *in, mil_outputs *out)
