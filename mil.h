@@ -762,12 +762,14 @@ MIL_API mil_status mil_model_record(mil_tape *tape, mil_model *model, const mil_
 
 // ==== >>scoring: whole bags and streams of patches ================================================================
 
-// X(constant, name, shape and meaning for one bag of N instances)
+// X(constant, name, shape and meaning for one bag of N instances). A batch of B bags gives B such blocks, one after the other.
+// Masked instances have weight, contribution and rank 0, and are not counted in the others' ranks.
 #define MIL_RESULT_LIST(X)                                                                          \
     X(MIL_LOGITS,        "logits",        "[C]")                                                    \
     X(MIL_PROBABILITIES, "probabilities", "[C] softmax of the logits; C = 1: sigmoid")              \
-    X(MIL_ATTENTION,     "attention",     "[N, K] raw scores")                                       \
+    X(MIL_ATTENTION,     "attention",     "[N, K] raw scores; a masked instance's is the lowest finite number") \
     X(MIL_WEIGHTS,       "weights",       "[N, K] attention after the softmax")                    \
+    X(MIL_RANK,          "rank",          "[N, K] place of its attention among the bag's, 0 the lowest, 1 the highest; ties share their mean") \
     X(MIL_CONTRIBUTION,  "contribution",  "[N, C] summand of each instance in each logit")          \
     X(MIL_SLIDE_FEATS,   "slide_feats",   "what enters the classifier")
 
@@ -785,16 +787,24 @@ typedef struct mil_scorer_options {
 MIL_API mil_scorer_options mil_scorer_options_default(void);                                // attention, no reserve
 
 // A scorer keeps packed weights and workspace, so that scoring allocates nothing once it has seen the largest bag.
-// Returns NULL on error. options NULL: the defaults. The model must outlive it; after changing weights, make a new one.
+// Returns NULL on error, with a sentence in the context; model NULL gives NULL and keeps the sentence there, so that
+// mil_scorer_create(mil_open(..), NULL) needs one check. options NULL: the defaults. The model must outlive the scorer.
+// Weights may change between bags (training, mil_load): the next bag is scored with the new ones. In the middle of a pushed
+// bag that is MIL_ERROR_STATE, until mil_scorer_reset. Who writes to mil_param.data must count mil_param.version up.
 MIL_API mil_scorer *mil_scorer_create(mil_model *model, const mil_scorer_options *options);
-MIL_API void mil_scorer_free(mil_scorer *scorer);
-// Bytes that a scorer of this model with these options holds when a bag of `instances` has been scored.
+MIL_API void mil_scorer_free(mil_scorer *scorer);                                           // NULL is fine
+// The most that a scorer of this model takes from the allocator, block headers included, when a bag of `instances` without a
+// mask is scored and options->capacity or the first bag is that large. Without capacity a bag that comes in pieces makes the
+// memory grow by doubling, with old and new held for a moment: up to 3 times as much. 0 on error. Needs memory for the
+// recorded model while it looks. A fixed block (mil_context_options.memory) holds the context, about 2 KB and 1 KB per thread,
+// the model (mil_context_bytes after creating it shows how much), and this.
 MIL_API size_t mil_scorer_bytes(mil_model *model, const mil_scorer_options *options, int64_t instances);
 
-// Scores a whole bag (any model). What was pushed before is forgotten.
+// Scores a whole bag, or a batch of bags where the model takes one (any model). What was pushed before is forgotten, and a
+// push after this call begins a new bag. Errors: as mil_model_record and mil_tape_run; MIL_ERROR_NUMERIC for NaN or infinity.
 MIL_API mil_status mil_scorer_score(mil_scorer *scorer, const mil_bag *bag);
 
-// Adds instances to the bag that is being scored.
+// Adds instances to the bag that is being pushed; the first push after mil_scorer_score begins a new one.
 //   rows    [count, in_dim] features of `dtype`, each row `stride` bytes after the one before (0: packed).
 //           Only read during the call; may be unaligned. NaN or infinity in a row is an error.
 //   count   instances, 0 or more; a bag may be pushed in any number of calls, with the same bits as in one.
@@ -803,11 +813,17 @@ MIL_API mil_status mil_scorer_score(mil_scorer *scorer, const mil_bag *bag);
 // Threads: one call at a time per scorer. Source: streamed softmax pooling, Milakov and Gimelshein 2018, section 3.
 MIL_API mil_status mil_scorer_push(mil_scorer *scorer, const void *rows, int64_t count, size_t stride, mil_dtype dtype);
 MIL_API void mil_scorer_reset(mil_scorer *scorer);                                          // an empty bag
-MIL_API int64_t mil_scorer_instances(const mil_scorer *scorer);                             // pushed so far
+MIL_API int64_t mil_scorer_instances(const mil_scorer *scorer);                             // N so far; of each bag in a batch
 
-// Results for the instances so far. mil_scorer_count: elements of a result now, 0 when the model does not give it.
+// Results for the instances so far. mil_scorer_count: elements of a result now; 0 when there is no instance yet, when the
+// model does not give the result, or when it was not asked for.
+// mil_scorer_read: `count` must be mil_scorer_count. Errors: MIL_ERROR_STATE (no instance yet; not asked for in options.results;
+// weights changed in the middle of the bag), MIL_ERROR_UNSUPPORTED (the model does not give it), MIL_ERROR_ARGUMENT (no such
+// result, dst NULL, another count). mil_scorer_read_f64 gives doubles, as the metrics take them; probabilities are then
+// computed in double, so that they sum to 1.
 MIL_API int64_t    mil_scorer_count(mil_scorer *scorer, mil_result result);
 MIL_API mil_status mil_scorer_read(mil_scorer *scorer, mil_result result, mil_real *dst, int64_t count);
+MIL_API mil_status mil_scorer_read_f64(mil_scorer *scorer, mil_result result, double *dst, int64_t count);
 
 #ifndef MIL_NO_TRAINING
 // ==== >>training: losses, optimizers, one call per step ===========================================================
@@ -1569,6 +1585,7 @@ typedef struct mili_block_heap mili_block_heap;
 struct mil_context {
     mil_allocator  allocator;
     size_t         bytes, peak;
+    int64_t        blocks;                                 // that the bytes are in
     mil_status     status;
     char           error[MILI_ERROR_SIZE];
     const struct mili_kernels *kernels;
@@ -1758,6 +1775,7 @@ MILI_FN void *mili_alloc(mil_context *ctx, size_t bytes)
         return NULL;
     }
     ctx->bytes += bytes;
+    ctx->blocks++;
     if (ctx->bytes > ctx->peak) ctx->peak = ctx->bytes;
     return p;
 }
@@ -1766,6 +1784,7 @@ MILI_FN void mili_free(mil_context *ctx, void *p, size_t bytes)
 {
     if (!p) return;
     ctx->bytes -= bytes;
+    ctx->blocks--;
     mili_release_with(&ctx->allocator, p, bytes);
 }
 
@@ -14447,7 +14466,12 @@ struct mil_scorer {
     mil_node    *node[2][MIL_RESULT_COUNT];                // results, by `streamed`
     int64_t      whole_rows;                               // instances of the bag in `whole`
     int          streamed;                                 // the bag is in the stream, not in `whole`
+    int          scored;                                   // the bag came whole: a push begins another
     int          refused;                                  // the model cannot be streamed
+    unsigned     gives[2];                                 // bits of results that the model has, by `streamed`
+    int64_t      version;                                  // of the weights that are packed
+    int64_t     *order;                                    // room to sort `order_rows` instances, for ranks
+    int64_t      order_rows;
     char         reason[MILI_ERROR_SIZE];
     mili_plan   *plan;
     int          step;                                     // that reads the features
@@ -14485,9 +14509,13 @@ MILI_FN void mili_scorer_keep(mil_scorer *s, const mil_outputs *out, int streame
     results[MIL_LOGITS] = out->logits;
     results[MIL_ATTENTION] = out->attention_scores ? out->attention_scores : out->attention;
     results[MIL_WEIGHTS] = out->attention_weights;
+    results[MIL_RANK] = out->attention_scores ? out->attention_scores : out->attention_weights;
+    if (results[MIL_RANK] && results[MIL_RANK]->rank != 3) results[MIL_RANK] = NULL;           // [B, N, K]
     results[MIL_CONTRIBUTION] = out->contribution;
     results[MIL_SLIDE_FEATS] = out->slide_feats;
+    s->gives[streamed] = 0;
     for (int r = 0; r < MIL_RESULT_COUNT; r++) {
+        if (results[r]) s->gives[streamed] |= 1u << r;
         const int wanted = r == MIL_LOGITS || (s->options.results >> r & 1) || (r == MIL_SLIDE_FEATS && !out->logits);
         s->node[streamed][r] = wanted ? results[r] : NULL;
         mil_node_keep(s->node[streamed][r]);
@@ -14578,6 +14606,26 @@ MILI_FN int mili_scorer_streams(mil_scorer *s, const mil_tape *tape, const mili_
     return 0;
 }
 
+// Counts the changes of all weights: grows with each of them.
+MILI_FN int64_t mili_model_version(const mil_model *model)
+{
+    int64_t version = 0;
+    for (int64_t i = 0; i < model->param_count; i++) version += model->param[i]->version;
+    return version;
+}
+
+// Room to sort the instances of a bag, where ranks will be asked for.
+MILI_FN mil_status mili_scorer_order(mil_scorer *s, int64_t rows)
+{
+    if (!(s->options.results >> MIL_RANK & 1) || rows <= s->order_rows) return MIL_OK;
+    int64_t *order = (int64_t *)mili_alloc(s->ctx, (size_t)rows * sizeof *order);
+    if (!order) return s->ctx->status;
+    mili_free(s->ctx, s->order, (size_t)s->order_rows * sizeof *order);
+    s->order = order;
+    s->order_rows = rows;
+    return MIL_OK;
+}
+
 // Records the model for `capacity` instances and prepares the stream. On success the tape, plan and group replace the old ones.
 MILI_FN mil_status mili_scorer_open(mil_scorer *s, int64_t capacity)
 {
@@ -14592,6 +14640,9 @@ MILI_FN mil_status mili_scorer_open(mil_scorer *s, int64_t capacity)
         snprintf(s->reason, sizeof s->reason, "backend %s does not stream; use mil_scorer_score", ctx->backend->name);
         return MIL_OK;
     }
+    if (mili_scorer_order(s, capacity) != MIL_OK) return ctx->status;
+    old.order = s->order;
+    old.order_rows = s->order_rows;
     tape = (mil_tape *)mili_alloc_zero(ctx, sizeof *tape);
     if (!tape) return ctx->status;
     tape->ctx = ctx;
@@ -14630,6 +14681,7 @@ MILI_FN mil_status mili_scorer_open(mil_scorer *s, int64_t capacity)
         s->step = step;
         s->features = out.features;
         s->capacity = capacity;
+        s->version = mili_model_version(s->model);
         mili_group_open(&s->group, tape, plan, &plan->step[step], plan->memory);
         mili_group_begin(&s->group);
         mili_plan_done(tape, plan);
@@ -14662,6 +14714,15 @@ fail:
     return ctx->status;
 }
 
+MILI_FN int mili_scorer_options_fit(mil_context *ctx, const mil_scorer_options *o, const char *call)
+{
+    if (o->capacity < 0 || o->capacity > MILI_STREAM_MAX)
+        mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: options.capacity is %lld, not in 0..%lld", call, (long long)o->capacity, (long long)MILI_STREAM_MAX);
+    else if (o->results >> MIL_RESULT_COUNT)
+        mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: options.results is 0x%x; only the bits 1u << result of %d results may be set", call, o->results, (int)MIL_RESULT_COUNT);
+    return ctx->status == MIL_OK;
+}
+
 MIL_DEF mil_scorer *mil_scorer_create(mil_model *model, const mil_scorer_options *options)
 {
     if (!model) return NULL;
@@ -14674,9 +14735,7 @@ MIL_DEF mil_scorer *mil_scorer_create(mil_model *model, const mil_scorer_options
     s->options = options ? *options : mil_scorer_options_default();
     s->results_at = -1;
     s->streamed = 1;
-    if (s->options.capacity < 0 || s->options.capacity > MILI_STREAM_MAX || s->options.results >> MIL_RESULT_COUNT)
-        mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_create: capacity %lld, results %x", (long long)s->options.capacity, s->options.results);
-    else mili_scorer_open(s, MILI_MAX(s->options.capacity, 1024));
+    if (mili_scorer_options_fit(ctx, &s->options, "mil_scorer_create")) mili_scorer_open(s, MILI_MAX(s->options.capacity, 1024));
     if (ctx->status != MIL_OK) {
         mil_scorer_free(s);
         return NULL;
@@ -14691,15 +14750,19 @@ MIL_DEF void mil_scorer_free(mil_scorer *s)
     mil_tape_free(s->whole);
     mili_free(s->ctx, s->stage, (size_t)(s->stage_rows * mil_model_in_dim(s->model)) * sizeof(mil_real));
     mili_free(s->ctx, s->saved, s->saved_bytes);
+    mili_free(s->ctx, s->order, (size_t)s->order_rows * sizeof *s->order);
     mili_free(s->ctx, s, sizeof *s);
 }
 
 MIL_DEF size_t mil_scorer_bytes(mil_model *model, const mil_scorer_options *options, int64_t instances)
 {
-    if (!model || instances < 1 || instances > MILI_STREAM_MAX || (options && options->capacity > MILI_STREAM_MAX)) return 0;
+    if (!model || instances < 1 || instances > MILI_STREAM_MAX) return 0;
     mil_context *ctx = model->ctx;
     mili_enter(ctx);
+    const mil_scorer_options wanted = options ? *options : mil_scorer_options_default();
+    if (!mili_scorer_options_fit(ctx, &wanted, "mil_scorer_bytes")) return 0;
     const size_t before = ctx->bytes;
+    const int64_t blocks_before = ctx->blocks;
     size_t bytes = 0;
     mil_scorer *s = (mil_scorer *)mili_alloc_zero(ctx, sizeof *s);
     mil_tape *tape = NULL;
@@ -14711,7 +14774,7 @@ MIL_DEF size_t mil_scorer_bytes(mil_model *model, const mil_scorer_options *opti
     }
     s->ctx = ctx;
     s->model = model;
-    s->options = options ? *options : mil_scorer_options_default();
+    s->options = wanted;
     const int64_t D = mil_model_in_dim(model);
     int64_t rows = MILI_MAX(MILI_MAX(instances, s->options.capacity), 1024);
     mil_outputs out;
@@ -14728,7 +14791,9 @@ MIL_DEF size_t mil_scorer_bytes(mil_model *model, const mil_scorer_options *opti
             if (ctx->status != MIL_OK) break;
             continue;
         }
-        bytes = ctx->bytes - before + plan->bytes;
+        // A block costs its alignment twice at most: in front of it, and in the pieces of a fixed block. 4: workspace, stage, states, order.
+        bytes = ctx->bytes - before + plan->bytes + (size_t)(ctx->blocks - blocks_before + 4) * 2 * MILI_ALIGN;
+        if (wanted.results >> MIL_RANK & 1) bytes += (size_t)rows * sizeof *s->order;
         if (!stream) break;
         bytes += (size_t)(MILI_MAX(ctx->threads, 1) * plan->step[step].tile_rows * D) * sizeof(mil_real);
         for (int k = 0; k < plan->step[step].count; k++) bytes += plan->step[step].node[k]->plan->state_bytes * (size_t)plan->step[step].partitions;
@@ -14748,6 +14813,7 @@ MIL_DEF void mil_scorer_reset(mil_scorer *s)
 {
     if (!s) return;
     s->streamed = 1;
+    s->scored = 0;
     s->fed = s->staged = 0;
     s->results_at = -1;
     if (!s->tape) return;
@@ -14762,6 +14828,19 @@ MIL_DEF void mil_scorer_reset(mil_scorer *s)
             n->op->begin(&f.x);
         }
     }
+}
+
+// Before rows or results: after a change of weights an empty stream packs them again; one with rows would mix two models.
+MILI_FN mil_status mili_scorer_renew(mil_scorer *s, const char *call)
+{
+    const int64_t version = mili_model_version(s->model);
+    if (version == s->version) return MIL_OK;
+    if (s->fed + s->staged > 0)
+        return mili_fail(s->ctx, MIL_ERROR_STATE, "%s: the model's weights changed after the first rows of this bag; mil_scorer_reset begins it again", call);
+    for (int i = 0; i < s->step; i++) if (mili_run_step(s->tape, s->plan, &s->plan->step[i]) != MIL_OK) return s->ctx->status;
+    mili_group_begin(&s->group);
+    s->version = version;
+    return MIL_OK;
 }
 
 // Copies the states to `saved`, or back.
@@ -14834,12 +14913,18 @@ MILI_FN mil_status mili_scorer_push(mil_scorer *s, const void *rows, int64_t cou
     mil_context *ctx = s->ctx;
     const int64_t D = mil_model_in_dim(s->model);
     const size_t packed = (size_t)D * mil_dtype_size(dtype);
-    if (count < 0 || (count && !rows) || packed == 0 || (stride && stride < packed))
-        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_push: %lld rows at %s, stride %llu, of %s; a row is %llu bytes", (long long)count, rows ? "data" : "NULL",
-                         (unsigned long long)stride, mil_dtype_name(dtype), (unsigned long long)packed);
+    if (count < 0) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_push: count is %lld", (long long)count);
+    if (count && !rows) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_push: rows is NULL and count %lld", (long long)count);
+    if (packed == 0) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_push: %d is no dtype", (int)dtype);
+    if (stride && stride < packed)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_push: stride %llu is below the %llu bytes of a row of %lld %s", (unsigned long long)stride,
+                         (unsigned long long)packed, (long long)D, mil_dtype_name(dtype));
     if (s->refused) return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "%s", s->reason);
-    if (!s->streamed) mil_scorer_reset(s);
-    if (count > MILI_STREAM_MAX - s->fed - s->staged) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_push: %lld rows", (long long)count);
+    if (!s->streamed || s->scored) mil_scorer_reset(s);
+    if (count > MILI_STREAM_MAX - s->fed - s->staged)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_push: count is %lld after %lld rows; a stream takes %lld", (long long)count,
+                         (long long)(s->fed + s->staged), (long long)MILI_STREAM_MAX);
+    if (mili_scorer_renew(s, "mil_scorer_push") != MIL_OK) return ctx->status;
     const int64_t total = s->fed + s->staged + count;
     if (total > s->capacity && mili_scorer_open(s, MILI_MAX(total, 2 * s->capacity)) != MIL_OK) return ctx->status;
     if (count == 0) return MIL_OK;
@@ -14912,6 +14997,7 @@ MILI_FN mil_status mili_scorer_finish(mil_scorer *s)
     const int64_t rows = s->fed + s->staged;
     if (s->results_at == rows) return MIL_OK;
     if (rows == 0) return mili_fail(ctx, MIL_ERROR_STATE, "mil_scorer_read: no instance has been pushed");
+    if (mili_scorer_renew(s, "mil_scorer_read") != MIL_OK) return ctx->status;
     mili_scorer_states(s, 0);
     if (s->staged) mili_scorer_feed(s, s->stage, s->staged);
     mili_group_finish(&s->group, rows);
@@ -14937,14 +15023,19 @@ MIL_DEF mil_status mil_scorer_score(mil_scorer *s, const mil_bag *bag)
         (stride[f->rank - 2] >= D * (int64_t)mil_dtype_size(f->dtype) || f->shape[f->rank - 2] == 1)) {
         mil_scorer_reset(s);
         const int64_t n = f->shape[f->rank - 2];
-        return mili_scorer_push(s, f->data, n, n == 1 ? 0 : (size_t)stride[f->rank - 2], f->dtype);
+        mil_status status = mili_scorer_push(s, f->data, n, n == 1 ? 0 : (size_t)stride[f->rank - 2], f->dtype);
+        if (status == MIL_OK) status = mili_scorer_finish(s);              // now, so that the results are of the present weights
+        s->scored = 1;
+        return status;
     }
     mil_outputs out;
     if (!s->whole && mil_tape_create(ctx, &s->whole) != MIL_OK) return ctx->status;
     mil_tape_reset(s->whole);
     s->streamed = 0;
     s->results_at = -1;
+    s->gives[0] = 0;
     memset((void *)s->node[0], 0, sizeof s->node[0]);
+    if (mil_tensor_count(f) >= 0 && f->rank > 1 && mili_scorer_order(s, f->shape[f->rank - 2]) != MIL_OK) return ctx->status;
     if (mil_model_record(s->whole, s->model, bag, NULL, &out) == MIL_OK) mili_scorer_keep(s, &out, 0);
     if (mil_tape_run(s->whole) != MIL_OK) return ctx->status;
     s->results_at = 0;
@@ -14960,36 +15051,105 @@ MILI_FN mil_node *mili_scorer_node(mil_scorer *s, mil_result result)
 
 MILI_FN int64_t mili_scorer_count(mil_scorer *s, const mil_node *n)
 {
-    if (!n || (!s->streamed && s->results_at < 0)) return 0;
+    if (!n || mil_scorer_instances(s) == 0) return 0;
     if (!s->streamed || !mili_is_rows_of(n, s->capacity)) return n->count;
     return n->count / s->capacity * (s->fed + s->staged);
 }
 
 MIL_DEF int64_t mil_scorer_count(mil_scorer *s, mil_result result) { return s ? mili_scorer_count(s, mili_scorer_node(s, result)) : 0; }
 
+typedef struct mili_rank_keys { const mil_real *x; int64_t step; } mili_rank_keys;
+
+MILI_FN int mili_rank_compare(const void *arg, int64_t a, int64_t b)
+{
+    const mili_rank_keys *keys = (const mili_rank_keys *)arg;
+    const mil_real x = keys->x[a * keys->step], y = keys->x[b * keys->step];
+    return (x > y) - (x < y);
+}
+
+// Ranks of column k of x [N, K] among the M instances that are not masked: place / (M - 1), equal values share their mean place.
+MILI_FN void mili_rank_column(const mil_real *x, int64_t N, int64_t K, int64_t k, int64_t *order, mil_real *dst, double *wide)
+{
+    const mili_rank_keys keys = { x + k, K };
+    int64_t M = 0;
+    for (int64_t n = 0; n < N; n++) {
+        if (x[n * K + k] > -MILI_REAL_MAX) order[M++] = n;
+        else if (wide) wide[n * K + k] = 0;
+        else dst[n * K + k] = 0;
+    }
+    mili_index_sort(order, M, mili_rank_compare, &keys);
+    for (int64_t i = 0, j; i < M; i = j) {
+        for (j = i + 1; j < M && x[order[j] * K + k] == x[order[i] * K + k]; j++) {}
+        const double rank = M > 1 ? 0.5 * (double)(i + j - 1) / (double)(M - 1) : 1;
+        for (int64_t m = i; m < j; m++) {
+            if (wide) wide[order[m] * K + k] = rank;
+            else dst[order[m] * K + k] = (mil_real)rank;
+        }
+    }
+}
+
+// Softmax of a row of C logits in double; C = 1: sigmoid.
+MILI_FN void mili_probabilities_f64(double *p, const mil_real *x, int64_t C)
+{
+    double top = C > 1 ? (double)x[0] : 0, sum = 0;
+    for (int64_t c = 1; c < C; c++) top = MILI_MAX(top, (double)x[c]);
+    for (int64_t c = 0; c < C; c++) sum += p[c] = C > 1 ? exp((double)x[c] - top) : 1 / (1 + exp(-(double)x[c]));
+    for (int64_t c = 0; c < C && C > 1; c++) p[c] /= sum;
+}
+
+// Into dst, or into wide where that is not NULL.
+MILI_FN mil_status mili_scorer_read(mil_scorer *s, mil_result result, mil_real *dst, double *wide, int64_t count)
+{
+    mil_context *ctx = s->ctx;
+    if ((int)result < 0 || result >= MIL_RESULT_COUNT) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_read: %d is no result", (int)result);
+    if (s->streamed ? s->refused : s->results_at < 0) return mili_fail(ctx, MIL_ERROR_STATE, "mil_scorer_read: no bag has been scored");
+    if (s->streamed && mili_scorer_finish(s) != MIL_OK) return ctx->status;
+    mil_node *n = mili_scorer_node(s, result);
+    if (!n && (s->gives[s->streamed] >> result & 1))
+        return mili_fail(ctx, MIL_ERROR_STATE, "mil_scorer_read: %s was not asked for; set its bit in mil_scorer_options.results", mil_result_name(result));
+    if (!n) return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "mil_scorer_read: %s gives no %s", s->model->name, mil_result_name(result));
+    const int64_t have = mili_scorer_count(s, n);
+    if (count != have)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_read: %s has %lld elements, not %lld", mil_result_name(result), (long long)have, (long long)count);
+    if (!dst && !wide) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_read: dst is NULL");
+
+    if (ctx->backend) ctx->backend->synchronize(ctx->backend_self);
+    const mil_real *x = (const mil_real *)(n->plan->base->kind == MIL_KIND_LEAF ? n->data : n->plan->base->data);
+    mil_real *copy = mili_host_memory(ctx) ? NULL : (mil_real *)mili_alloc(ctx, (size_t)count * sizeof *copy);
+    if (ctx->status != MIL_OK) return ctx->status;
+    if (copy && mili_download(ctx, copy, x, (size_t)count * sizeof *copy) != MIL_OK) goto done;
+    if (copy) x = copy;
+    if (result == MIL_RANK) {
+        const int64_t N = mil_scorer_instances(s), K = n->cols;
+        for (int64_t at = 0; at < count; at += N * K)
+            for (int64_t k = 0; k < K; k++) mili_rank_column(x + at, N, K, k, s->order, dst ? dst + at : NULL, wide ? wide + at : NULL);
+    } else if (result == MIL_PROBABILITIES) {
+        const int64_t C = n->cols;
+        for (int64_t at = 0; at < count; at += C) {
+            if (wide) mili_probabilities_f64(wide + at, x + at, C);
+            else if (C == 1) ctx->kernels->sigmoid(dst + at, x + at, 1);
+            else mili_softmax_row(ctx->kernels, dst + at, x + at, C);
+        }
+    } else if (wide) {
+        for (int64_t i = 0; i < count; i++) wide[i] = (double)x[i];
+    } else memcpy(dst, x, (size_t)count * sizeof *dst);
+done:
+    mili_free(ctx, copy, (size_t)count * sizeof *copy);
+    return ctx->status;
+}
+
 MIL_DEF mil_status mil_scorer_read(mil_scorer *s, mil_result result, mil_real *dst, int64_t count)
 {
     if (!s) return MIL_ERROR_ARGUMENT;
-    mil_context *ctx = s->ctx;
-    mili_enter(ctx);
-    if (!s->streamed && s->results_at < 0) return mili_fail(ctx, MIL_ERROR_STATE, "mil_scorer_read: no bag has been scored");
-    if (s->streamed && s->refused) return mili_fail(ctx, MIL_ERROR_STATE, "mil_scorer_read: no bag has been scored");
-    if (s->streamed && mili_scorer_finish(s) != MIL_OK) return ctx->status;
-    mil_node *n = mili_scorer_node(s, result);
-    if (!n)
-        return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "mil_scorer_read: %s gives no %s, or it was not asked for when the scorer was made", s->model->name, mil_result_name(result));
-    const int64_t have = mili_scorer_count(s, n);
-    if (!dst || count != have)
-        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_read: %s has %lld elements, not %lld", mil_result_name(result), (long long)have, (long long)count);
-    if (ctx->backend) ctx->backend->synchronize(ctx->backend_self);
-    if (mili_download(ctx, dst, n->plan->base->kind == MIL_KIND_LEAF ? n->data : n->plan->base->data, (size_t)count * sizeof *dst) != MIL_OK) return ctx->status;
-    if (result != MIL_PROBABILITIES) return MIL_OK;
-    const int64_t C = n->cols;
-    for (int64_t b = 0; b < count / C; b++) {
-        if (C == 1) ctx->kernels->sigmoid(dst + b, dst + b, 1);
-        else mili_softmax_row(ctx->kernels, dst + b * C, dst + b * C, C);
-    }
-    return MIL_OK;
+    mili_enter(s->ctx);
+    return mili_scorer_read(s, result, dst, NULL, count);
+}
+
+MIL_DEF mil_status mil_scorer_read_f64(mil_scorer *s, mil_result result, double *dst, int64_t count)
+{
+    if (!s) return MIL_ERROR_ARGUMENT;
+    mili_enter(s->ctx);
+    return mili_scorer_read(s, result, NULL, dst, count);
 }
 
 #ifndef MIL_NO_METRICS

@@ -22,35 +22,17 @@ TOOL_FN int compare_ranked(const void *a, const void *b)
     return x->index < y->index ? -1 : x->index > y->index;
 }
 
-// Mean rank of column k of x [n, columns], scaled to 0..1; equal values share their mean.
-TOOL_FN void rank_column(const double *x, int64_t n, int64_t columns, int64_t k, double *rank)
-{
-    ranked *order = TOOL_NEW(ranked, n);
-    for (int64_t i = 0; i < n; i++) order[i].value = x[i * columns + k], order[i].index = i;
-    if (n) qsort(order, (size_t)n, sizeof *order, compare_ranked);
-    for (int64_t i = 0; i < n;) {
-        int64_t j = i;
-        while (j < n && order[j].value == order[i].value) j++;
-        for (int64_t m = i; m < j; m++) rank[order[m].index * columns + k] = n > 1 ? ((double)(i + j - 1) / 2) / (double)(n - 1) : 1;
-        i = j;
-    }
-    free(order);
-}
-
 TOOL_FN double *scorer_result(mil_context *ctx, mil_scorer *s, mil_result which, int64_t rows, int64_t *columns)
 {
     const int64_t n = mil_scorer_count(s, which);
     *columns = rows ? n / rows : 0;
     if (n <= 0 || n % rows) { *columns = 0; return NULL; }
-    mil_real *raw = TOOL_NEW(mil_real, n);
     double *x = TOOL_NEW(double, n);
-    tool_check(ctx, mil_scorer_read(s, which, raw, n));
-    for (int64_t i = 0; i < n; i++) x[i] = (double)raw[i];
-    free(raw);
+    tool_check(ctx, mil_scorer_read_f64(s, which, x, n));
     return x;
 }
 
-// scorer: made with the results attention, weights and contribution. name: for the message.
+// scorer: made by instance_scorer. name: for the message.
 TOOL_FN instance_scores score_instances(mil_context *ctx, mil_scorer *scorer, const open_bag *b, int64_t C, const char *name)
 {
     instance_scores s;
@@ -64,11 +46,8 @@ TOOL_FN instance_scores score_instances(mil_context *ctx, mil_scorer *scorer, co
     s.weight = scorer_result(ctx, scorer, MIL_WEIGHTS, b->instances, &columns);
     if (!s.score && s.weight) s.heads = columns;
     if (s.weight && columns != s.heads) { free(s.weight); s.weight = NULL; }
-    const double *order = s.score ? s.score : s.weight;
-    if (order) {
-        s.rank = TOOL_NEW(double, b->instances * s.heads);
-        for (int64_t k = 0; k < s.heads; k++) rank_column(order, b->instances, s.heads, k, s.rank);
-    }
+    s.rank = scorer_result(ctx, scorer, MIL_RANK, b->instances, &columns);
+    if (s.rank && columns != s.heads) { free(s.rank); s.rank = NULL; }
     s.contribution = scorer_result(ctx, scorer, MIL_CONTRIBUTION, b->instances, &s.classes);
     if (s.contribution && s.classes != C) { free(s.contribution); s.contribution = NULL; s.classes = 0; }
     if (s.contribution) {
@@ -92,7 +71,7 @@ TOOL_FN void instance_scores_free(instance_scores *s)
 TOOL_FN mil_scorer *instance_scorer(mil_model *model)
 {
     mil_scorer_options options = mil_scorer_options_default();
-    options.results = 1u << MIL_ATTENTION | 1u << MIL_WEIGHTS | 1u << MIL_CONTRIBUTION;
+    options.results = 1u << MIL_ATTENTION | 1u << MIL_WEIGHTS | 1u << MIL_RANK | 1u << MIL_CONTRIBUTION;
     mil_scorer *scorer = mil_scorer_create(model, &options);
     if (!scorer) tool_fail("%s", mil_error(mil_model_context(model)));
     return scorer;
