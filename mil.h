@@ -620,7 +620,8 @@ MIL_API size_t mil_model_config(const mil_model *model, char *dst, size_t size);
 // Class names, saved with the weights; count must be num_classes. Copied.
 MIL_API mil_status mil_model_set_class_names(mil_model *model, const char *const *names, int64_t count);
 MIL_API const char *mil_model_class_name(const mil_model *model, int64_t i);        // NULL when none were set
-// Any other text to save beside the weights ("mil.note"); value NULL removes it. Copied.
+// Any other text to save beside the weights ("mil.note"); value NULL removes it. Copied. Keys that mil_save writes itself
+// ("format", "mil.model", "mil.config", "mil.classes", "mil.version") are MIL_ERROR_ARGUMENT.
 MIL_API mil_status mil_model_set_metadata(mil_model *model, const char *key, const char *value);
 MIL_API const char *mil_model_metadata(const mil_model *model, const char *key);    // NULL when absent
 
@@ -8099,6 +8100,8 @@ MIL_DEF const mil_op *mil_op_find(const char *name)
 struct mil_builder {
     mil_model *model;
     char       scope[128];
+    size_t     start[MILI_MAX_SCOPES];                     // where each pushed scope begins in it
+    int        depth;
     mil_status status;
     int64_t    limit, declared;                            // elements: the most that parameters may have (0: any), and have so far
 };
@@ -11419,21 +11422,24 @@ MIL_DEF void mil_declare_fail(mil_builder *b, mil_status status, const char *for
 
 MIL_DEF void mil_declare_push(mil_builder *b, const char *scope, ...)
 {
-    const size_t at = strlen(b->scope);
+    const size_t at = strlen(b->scope), room = sizeof b->scope - at;
     va_list args;
     va_start(args, scope);
-    vsnprintf(b->scope + at, sizeof b->scope - at, scope, args);
+    const int n = vsnprintf(b->scope + at, room, scope, args);
     va_end(args);
-    const size_t end = strlen(b->scope);
-    snprintf(b->scope + end, sizeof b->scope - end, ".");
+    if (n < 0 || (size_t)n + 2 > room || b->depth == MILI_MAX_SCOPES) {        // a cut key would be another key
+        b->scope[at] = 0;
+        mil_declare_fail(b, MIL_ERROR_ARGUMENT, "scope %s is too long or too deep", b->scope);
+    } else memcpy(b->scope + at + n, ".", 2);
+    if (b->depth < MILI_MAX_SCOPES) b->start[b->depth] = at;
+    b->depth++;
 }
 
 MIL_DEF void mil_declare_pop(mil_builder *b)
 {
-    size_t at = strlen(b->scope);
-    if (at) at--;                                          // the dot at the end
-    while (at && b->scope[at - 1] != '.') at--;
-    b->scope[at] = 0;
+    if (b->depth == 0) return;
+    b->depth--;
+    if (b->depth < MILI_MAX_SCOPES) b->scope[b->start[b->depth]] = 0;
 }
 
 MILI_FN mil_param *mili_declare_list(mil_builder *b, mil_dtype dtype, int trainable, mil_init init, int rank, const int64_t *shape, const char *key, va_list args)
@@ -11442,7 +11448,8 @@ MILI_FN mil_param *mili_declare_list(mil_builder *b, mil_dtype dtype, int traina
     mil_context *ctx = model->ctx;
     char name[256];
     const size_t at = (size_t)snprintf(name, sizeof name, "%s", b->scope);
-    vsnprintf(name + at, sizeof name - at, key, args);
+    const int length = vsnprintf(name + at, sizeof name - at, key, args);
+    if (b->status == MIL_OK && (length < 0 || at + (size_t)length >= sizeof name)) mil_declare_fail(b, MIL_ERROR_ARGUMENT, "parameter key %s... is too long", name);
     if (b->status != MIL_OK) return NULL;
     const int64_t count = rank >= 0 && rank <= MIL_MAX_RANK ? mili_shape_count(rank, shape) : -1;
     if (count < 1) {
@@ -11752,10 +11759,12 @@ MILI_FN mil_param *mili_param_find(const mil_model *model, const char *key)
 MIL_DEF mil_param *mil_model_find(const mil_model *model, const char *key)
 {
     if (!model || !key) return NULL;
+    const size_t own = model->arch->prefix ? strlen(model->arch->prefix) : 0;
     for (;;) {                                             // the key as it is, then without the prefixes of wrappers
         mil_param *p = mili_param_find(model, key);
         if (p) return p;
         if (strncmp(key, "module.", 7) == 0) key += 7;
+        else if (own && strncmp(key, model->arch->prefix, own) == 0) key += own;
         else if (strncmp(key, "model.", 6) == 0) key += 6;
         else if (key[0] == '.') key++;                     // "model..a.b", as MIL-Lab's hub loader writes it
         else return NULL;
@@ -11785,12 +11794,20 @@ MIL_DEF mil_status mil_param_write(mil_param *param, const mil_real *src, int64_
 }
 
 // ---- metadata and class names ----
+MILI_FN int mili_is_own_meta(const char *key)              // what mil_save writes
+{
+    static const char *const own[] = { "format", "mil.model", "mil.config", "mil.classes", "mil.version" };
+    for (int i = 0; i < MILI_COUNT(own); i++) if (strcmp(key, own[i]) == 0) return 1;
+    return 0;
+}
+
 MIL_DEF mil_status mil_model_set_metadata(mil_model *model, const char *key, const char *value)
 {
     if (!model) return MIL_ERROR_ARGUMENT;
     mil_context *ctx = model->ctx;
     mili_enter(ctx);
     if (!key || !*key) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_model_set_metadata: no key");
+    if (mili_is_own_meta(key)) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_model_set_metadata: %s is written by mil_save itself", key);
     mili_pair fresh;
     memset(&fresh, 0, sizeof fresh);
     if (value) {
@@ -11988,6 +12005,36 @@ MIL_DEF mil_status mil_load_memory(mil_model *model, const void *bytes, size_t s
     return model->ctx->status;
 }
 
+// Whether all tensors of the file are the model's, and the file lacks nothing but perhaps the whole head.
+MILI_FN int mili_fits_model(const mil_model *model, const mil_tensors *file)
+{
+    int64_t heads = 0, found = 0, found_heads = 0;
+    const int64_t tensors = mil_tensors_count(file);
+    for (int64_t i = 0; i < model->param_count; i++) heads += mili_is_head(model->arch, model->param[i]->key);
+    for (int64_t t = 0; t < tensors; t++) {
+        const mil_param *p = mil_model_find(model, mil_tensors_name(file, t));
+        found += p != NULL;
+        found_heads += p && mili_is_head(model->arch, p->key);
+    }
+    return found == tensors && tensors - found_heads == model->param_count - heads && (found_heads == heads || !found_heads);
+}
+
+// The first model whose options are those of the config.json and whose parameters are the file's. 0: none, or no memory.
+MILI_FN int mili_guess_model(mil_context *ctx, const mil_tensors *file, mili_json object, const char *ignored, char *name, size_t size)
+{
+    for (int64_t i = 0; mili_architecture_nth(ctx, i); i++) {
+        const mil_architecture *arch = mili_architecture_nth(ctx, i);
+        snprintf(name, size, "%s.%s", arch->name, arch->configs[0].name);
+        mil_model *model = mili_model_new(ctx, name, NULL, &object, ignored);
+        const int fits = model && mili_fits_model(model, file);
+        mil_model_free(model);
+        if (fits) return 1;
+        if (ctx->status == MIL_ERROR_NO_MEMORY) return 0;
+        mili_enter(ctx);
+    }
+    return 0;
+}
+
 // The model that a file's metadata, or a config.json, describe. `config` may be NULL.
 MILI_FN mil_model *mili_open_tensors(mil_context *ctx, const mil_tensors *file, const char *config, size_t config_size, const char *where)
 {
@@ -12003,13 +12050,12 @@ MILI_FN mil_model *mili_open_tensors(mil_context *ctx, const mil_tensors *file, 
         if (mili_json_parse(ctx, "config.json", config, config_size, 8, &object) != MIL_OK) return NULL;
         mili_json type = mili_json_find(object, "model_type");
         int nul = 0;
-        snprintf(model_name, sizeof model_name, "abmil");
         if (type.size && (mili_json_kind(type) != '"' || mili_json_copy(type, model_name, sizeof model_name, &nul) >= sizeof model_name || nul)) {
             mili_fail(ctx, MIL_ERROR_FORMAT, "config.json: model_type is not a model's name");
             return NULL;
         }
-        if (!type.size) {
-            mili_fail(ctx, MIL_ERROR_FORMAT, "config.json beside %s names no model (model_type)", where);
+        if (!type.size && !mili_guess_model(ctx, file, object, ignored, model_name, sizeof model_name)) {
+            if (ctx->status == MIL_OK) mili_fail(ctx, MIL_ERROR_FORMAT, "config.json beside %s has no model_type, and no model has just its options and the file's tensors", where);
             return NULL;
         }
         name = model_name;
@@ -12032,8 +12078,7 @@ MILI_FN mil_model *mili_open_tensors(mil_context *ctx, const mil_tensors *file, 
     if (mili_load_tensors(model, file, &o, where) == MIL_OK && o.new_head) mil_model_set_metadata(model, "mil.head", "fresh");
     for (int64_t i = 0; i < mil_tensors_meta_count(file) && ctx->status == MIL_OK; i++) {
         const char *key = mil_tensors_meta_key(file, i);
-        if (strcmp(key, "format") == 0 || strcmp(key, "mil.model") == 0 || strcmp(key, "mil.config") == 0 || strcmp(key, "mil.classes") == 0 || strcmp(key, "mil.version") == 0) continue;
-        mil_model_set_metadata(model, key, mil_tensors_meta_value(file, i));
+        if (*key && !mili_is_own_meta(key)) mil_model_set_metadata(model, key, mil_tensors_meta_value(file, i));
     }
     const char *classes = mil_tensors_meta(file, "mil.classes");
     if (classes && ctx->status == MIL_OK) {                // a JSON list of names
@@ -12176,7 +12221,7 @@ MIL_DEF mil_model *mil_open(mil_context *ctx, const char *path)
         if (config) {
             memcpy(config, path, folder);
             memcpy(config + folder, "config.json", sizeof "config.json");
-            if (mil_file_open(ctx, config, 1 << 20, MIL_FILE_READ, &beside) != MIL_OK) { beside = NULL; mili_enter(ctx); }
+            if (mil_file_open(ctx, config, 1 << 20, MIL_FILE_READ, &beside) == MIL_ERROR_IO) mili_enter(ctx);    // none there
             mili_free(ctx, config, room);
         }
     }

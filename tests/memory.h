@@ -20,6 +20,7 @@ static void *memory_reallocate(void *user, void *block, size_t old_size, size_t 
     }
     const long call = m->calls++;
     if (m->fail_at >= 0 && (call == m->fail_at || (m->fail_after && call > m->fail_at))) return NULL;
+    if (new_size > (size_t)1 << 30) return NULL;           // sanitizers stop at what malloc refuses
     void *p = realloc(block, new_size);
     if (p) m->bytes += new_size - (block ? old_size : 0);
     return p;
@@ -56,7 +57,7 @@ static mil_context *memory_context(memory *m, int threads, long *hosted)
 }
 
 // The same numbers on every machine, about uniform in -1..1.
-static double memory_noise(uint64_t *state)
+static inline double memory_noise(uint64_t *state)
 {
     *state = *state * 6364136223846793005u + 1442695040888963407u;
     return (double)(*state >> 11) * (2.0 / 9007199254740992.0) - 1.0;
