@@ -1481,6 +1481,54 @@ TEST(files_when_the_nth_allocation_fails_nothing_is_left)
     alloc_fail_after = 0;
 }
 
+// ---- models: each system call of load, open and save fails in turn ----
+TEST(failing_system_calls_leave_the_model_and_its_file_as_they_were)
+{
+    static const char small[] = "in_dim=6 embed_dim=8 attn_dim=4";
+    static const mil_real marker = 7;
+    mil_context *ctx = make_context();
+    mil_model *model = mil_create(ctx, "abmil", small), *other = mil_create(ctx, "abmil", small);
+    char path[512];
+    snprintf(path, sizeof path, "%s", in_folder("m.safetensors"));
+    if (!CHECK(model && other && mil_model_init(model, 3) == MIL_OK && mil_save(model, path) == MIL_OK)) return;
+    mil_real *first = (mil_real *)mil_model_param(other, 0)->data;
+    fault_errno = EIO;
+    fault_kind = CALL_ANY;
+    for (int which = 0; which < 3; which++) {              // load, open, save
+        int done = 0;
+        for (long n = 0; !done && n < 100; n++) {
+            mil_model *opened = NULL;
+            mil_status status;
+            const size_t before = mil_context_bytes(ctx);
+            *first = marker;
+            fault_at = n;
+            fault_calls = 0;
+            if (which == 0) status = mil_load(other, path);
+            else if (which == 1) status = (opened = mil_open(ctx, path)) != NULL ? MIL_OK : mil_error_status(ctx);
+            else status = mil_save(other, path);
+            done = fault_calls <= n;
+            fault_at = -1;
+            mil_model_free(opened);
+            CHECK(mil_context_bytes(ctx) == before);
+            CHECK(!done || status == MIL_OK);
+            if (status != MIL_OK) {
+                CHECK(status == MIL_ERROR_IO && mil_error(ctx)[0]);
+                CHECK(*first == marker);
+                mil_model *check = mil_open(ctx, path);    // the old file or the new one, whole
+                CHECK(check && (which == 2 || *(mil_real *)mil_model_param(check, 0)->data != marker));
+                mil_model_free(check);
+            }
+            CHECK(empty_folder() == 1);                    // nothing half-written stands beside it
+            CHECK(mil_save(model, path) == MIL_OK);
+        }
+        CHECK(done);
+    }
+    empty_folder();
+    mil_model_free(model);
+    mil_model_free(other);
+    end_context(ctx);
+}
+
 TEST(files_written_are_byte_identical_on_disk_and_in_memory)
 {
     mil_context *ctx = make_context();
@@ -1600,7 +1648,8 @@ TEST(sample_features_are_the_same_in_every_npy_variant)
     end_context(ctx);
 }
 
-TESTS(T(json_accepts_what_the_grammar_allows) T(json_refuses_everything_else) T(json_nested_200000_deep_is_refused_at_its_limit)
+TESTS(T(failing_system_calls_leave_the_model_and_its_file_as_they_were)
+      T(json_accepts_what_the_grammar_allows) T(json_refuses_everything_else) T(json_nested_200000_deep_is_refused_at_its_limit)
       T(json_cut_anywhere_is_refused) T(json_values_are_found_and_read) T(json_names_that_occur_twice_are_named)
       T(json_integers_are_exact_or_refused) T(decimal_numbers_are_rounded_correctly) T(numbers_are_written_short_and_read_back_the_same)
       T(json_strings_are_escaped) T(index_sort_sorts) T(safetensors_valid_oddities_are_read) T(safetensors_broken_rules_are_named)
