@@ -12019,13 +12019,21 @@ MILI_FN int mili_fits_model(const mil_model *model, const mil_tensors *file)
     return found == tensors && tensors - found_heads == model->param_count - heads && (found_heads == heads || !found_heads);
 }
 
+// How many elements a model that the file describes may have: a file's claims cost no more memory than its tensors justify.
+MILI_FN int64_t mili_believable(const mil_tensors *file)
+{
+    int64_t elements = 0;
+    for (int64_t t = 0; t < mil_tensors_count(file); t++) elements += mil_tensor_count(mil_tensors_at(file, t));
+    return 2 * elements + 65536;                           // twice: a head may be missing
+}
+
 // The first model whose options are those of the config.json and whose parameters are the file's. 0: none, or no memory.
 MILI_FN int mili_guess_model(mil_context *ctx, const mil_tensors *file, mili_json object, const char *ignored, char *name, size_t size)
 {
     for (int64_t i = 0; mili_architecture_nth(ctx, i); i++) {
         const mil_architecture *arch = mili_architecture_nth(ctx, i);
         snprintf(name, size, "%s.%s", arch->name, arch->configs[0].name);
-        mil_model *model = mili_model_new(ctx, name, NULL, &object, ignored);
+        mil_model *model = mili_model_new(ctx, name, NULL, &object, ignored, mili_believable(file));
         const int fits = model && mili_fits_model(model, file);
         mil_model_free(model);
         if (fits) return 1;
@@ -12063,9 +12071,7 @@ MILI_FN mil_model *mili_open_tensors(mil_context *ctx, const mil_tensors *file, 
         mili_fail(ctx, MIL_ERROR_FORMAT, "%s does not say which model it is for: no mil.model in its metadata, no config.json beside it; use mil_create and mil_load", where);
         return NULL;
     }
-    int64_t elements = 0;                                  // a file's claims cost no more memory than its tensors justify
-    for (int64_t t = 0; t < mil_tensors_count(file); t++) elements += mil_tensor_count(mil_tensors_at(file, t));
-    mil_model *model = mili_model_new(ctx, name, NULL, &object, ignored, 2 * elements + 65536);   // twice: a head may be missing
+    mil_model *model = mili_model_new(ctx, name, NULL, &object, ignored, mili_believable(file));
     if (!model) return NULL;
     mil_load_options o = mil_load_options_default();
     int head = 0, has_head = 0;
