@@ -3571,6 +3571,7 @@ MIL_DEF mil_status mil_register(mil_context *ctx, const mil_architecture *archit
 
 // ==== >>record: nodes, shapes, random draws =======================================================================
 
+enum { MILI_OP_SOURCE = 1 << 8, MILI_OP_CHEAP = 1 << 9 };  // mil_op.flags: ROWS that reads no computed value; and costs no more than reading it back
 enum {                                                     // mil_node.flags
     MILI_KEEP = 1,                                         // read after the run
     MILI_WANTS_GRAD = 2,                                   // a parameter or marked input stands below it
@@ -3621,9 +3622,14 @@ struct mil_tape {
 typedef struct mili_plan_node {
     mil_node *converted[2];                                // this foreign-dtype input as mil_real, as index
     mil_node *base;                                        // whose memory this is: itself, or for a view the first non-view below
-    int       stage, group;
+    int       stage, group, latest;
     int       first, last;                                 // steps between which its memory is taken
     int       last_reader;                                 // in its group
+    int       step, stored, uses;                          // its step; 1: must exist whole; readers, of a row value that need not
+    mil_node *copy;                                        // that runs again in step copy_step
+    int       copy_step;
+    struct mili_plan_node *next_copy;                      // of a plan's list of copies
+    mil_node *node;                                        // a copy's node
     int       place;                                       // MILI_PLACE_*
     int       run;                                         // the workspace it lies in
     size_t    offset, bytes;                               // in the workspace, or within a slot for a tile
@@ -4127,6 +4133,10 @@ MIL_DEF mil_status mil_tape_backward_from(mil_tape *tape, mil_node *const *y, mi
 // result (weight gradients) would need 16 large states; they are deferred instead: run over a wave of 4096 rows at a time,
 // parallel over the result, rows in order.
 //
+// Copies. A row value that a later group reads would have to be stored for all rows. Constants and converted inputs are computed
+// again there instead, tile by tile; under MIL_TAPE_RECOMPUTE all row values are, so that memory does not grow with the rows.
+// Copies run the same kernels on the same rows, so nothing changes in the results.
+//
 // Places. Whole values share one workspace: two values may overlap when they never live at the same time.
 
 enum { MILI_TILE_ROWS = 128, MILI_PARTITIONS = 16, MILI_WAVE_ROWS = 4096, MILI_DEFERRED_STATE = 65536, MILI_TILE_BYTES = 4 << 20 };
@@ -4149,6 +4159,8 @@ struct mili_plan {
     size_t      bytes;                                     // of workspace
     int64_t     begin, end;                                // nodes recorded for this run
     int64_t     update_begin, update_end;
+    struct mili_plan_node *copies;                         // nodes that run again in a later group
+    int64_t     copy_count;
     int         run;                                       // its workspace
     char       *memory;
 };
@@ -4262,6 +4274,12 @@ MILI_FN mil_status mili_mark_needed(mil_tape *tape)
     return MIL_OK;
 }
 
+// Whether the node takes part in the run itself (views, leaves and second results have no kernel call of their own).
+MILI_FN int mili_runs(const mil_node *n)
+{
+    return (n->flags & MILI_NEEDED) && n->kind != MIL_KIND_LEAF && n->kind != MIL_KIND_VIEW && n->op != &mili_op_second;
+}
+
 MILI_FN int mili_assign_stages(mil_tape *tape, int groups)
 {
     int stages = 1;
@@ -4281,14 +4299,23 @@ MILI_FN int mili_assign_stages(mil_tape *tape, int groups)
         if (n->op == &mili_op_second || n->kind == MIL_KIND_VIEW) n->plan->stage = n->input[0]->plan->base->index < tape->ran ? 0 : n->input[0]->plan->stage;
         if (n->kind == MIL_KIND_VIEW && n->input[0]->kind == MIL_KIND_LEAF) n->plan->stage = 0;
         stages = MILI_MAX(stages, n->plan->stage + 1);
+        n->plan->latest = INT_MAX;
+    }
+    if (!groups || tape->stream_capacity) return stages;
+    // What reads no computed value could run at once, but then would be stored until it is read: it runs as late as it can.
+    for (int64_t i = tape->ran; i < tape->count; i++) {
+        const mil_node *n = tape->node[i];
+        if (!(n->flags & MILI_NEEDED) || !mili_runs(n)) continue;
+        for (int j = 0; j < n->input_count; j++) {
+            mili_plan_node *p = n->input[j]->plan->base->plan;
+            if (p->base->op->flags & MILI_OP_SOURCE) p->latest = MILI_MIN(p->latest, n->plan->stage - !mili_reads_rows(n, j));
+        }
+    }
+    for (int64_t i = tape->ran; i < tape->count; i++) {
+        mili_plan_node *p = tape->node[i]->plan;
+        if (p->latest != INT_MAX && p->latest > p->stage) p->stage = p->latest;
     }
     return stages;
-}
-
-// Whether the node takes part in the run itself (views, leaves and second results have no kernel call of their own).
-MILI_FN int mili_runs(const mil_node *n)
-{
-    return (n->flags & MILI_NEEDED) && n->kind != MIL_KIND_LEAF && n->kind != MIL_KIND_VIEW && n->op != &mili_op_second;
 }
 
 MILI_FN mil_status mili_make_steps(mil_tape *tape, mili_plan *plan, int stages, int groups)
@@ -4336,6 +4363,184 @@ MILI_FN mil_status mili_make_steps(mil_tape *tape, mili_plan *plan, int stages, 
         }
     }
     mili_arena_release(&tape->arena, mark);
+    return MIL_OK;
+}
+
+// Fewer rows a tile where rows are wide. From the group as recorded: copies must not change how its sums are split.
+MILI_FN void mili_size_tiles(mili_plan *plan)
+{
+    for (int s = 0; s < plan->step_count; s++) {
+        mili_step *step = &plan->step[s];
+        size_t row = 0;
+        for (int k = 0; k < step->count; k++) {
+            row += mili_row_bytes(step->node[k]);
+            step->node[k]->plan->step = s;
+        }
+        step->tile_rows = MILI_TILE_ROWS;
+        step->partitions = MILI_PARTITIONS;
+        while (step->tile_rows > 8 && row > MILI_TILE_BYTES / (size_t)step->tile_rows) step->tile_rows /= 2;
+    }
+}
+
+// ---- copies ----
+// Values that must exist whole whatever is copied: read after the run, or read otherwise than row by row.
+MILI_FN void mili_mark_stored(mil_tape *tape, const mili_plan *plan)
+{
+    for (int64_t i = tape->ran; i < tape->count; i++) {
+        mil_node *n = tape->node[i];
+        n->plan->stored = n->plan->uses = n->plan->copy_step = 0;
+        n->plan->copy = NULL;
+    }
+    for (int64_t i = tape->ran; i < tape->count; i++) {
+        const mil_node *n = tape->node[i];
+        if (!(n->flags & MILI_NEEDED)) continue;
+        if (n->flags & MILI_KEEP) n->plan->base->plan->stored = 1;
+        if (!mili_runs(n)) continue;
+        for (int j = 0; j < n->input_count; j++) {
+            mili_plan_node *p = n->input[j]->plan->base->plan;
+            if (!mili_reads_rows(n, j)) p->stored = 1;
+            else if (mili_main(p->base)->plan->step == n->plan->step) mili_main(p->base)->plan->uses++;      // in its own group
+        }
+    }
+    for (int64_t i = plan->update_begin; i < plan->update_end; i++) tape->update[i].value->plan->base->plan->stored = 1;
+}
+
+// Whether what n reads as input j is computed again for n in step s.
+MILI_FN mil_node *mili_to_copy(const mil_tape *tape, const mil_node *n, int j, int s)
+{
+    const mil_node *base = n->input[j]->plan->base;
+    if (base->index < tape->ran || base->kind == MIL_KIND_LEAF || base->plan->stored || !mili_reads_rows(n, j)) return NULL;
+    mil_node *made = base->op == &mili_op_second ? base->input[0] : n->input[j]->plan->base;
+    if (made->plan->step >= s) return NULL;
+    const int source = made->op->flags & MILI_OP_SOURCE && (made->op->flags & MILI_OP_CHEAP || made->plan->uses == 0);
+    return source || (tape->options & (1u << MIL_TAPE_RECOMPUTE) && made->rows > MILI_TILE_ROWS) ? made : NULL;
+}
+
+MILI_FN mil_node *mili_copy_node(mil_tape *tape, mili_plan *plan, const mil_node *n, int s, int own_plan)
+{
+    mil_node *copy = (mil_node *)mili_arena_alloc(tape->ctx, &tape->arena, sizeof *copy);
+    if (!copy) return NULL;
+    *copy = *n;
+    if (!own_plan) return copy;
+    mili_plan_node *p = (mili_plan_node *)mili_arena_alloc(tape->ctx, &tape->arena, sizeof *p);
+    if (!p) return NULL;
+    p->base = p->node = copy;
+    p->step = s;
+    p->next_copy = plan->copies;
+    plan->copies = p;
+    plan->copy_count++;
+    copy->plan = p;
+    copy->second = NULL;
+    copy->flags &= ~(unsigned)(MILI_KEEP | MILI_KEPT);
+    return copy;
+}
+
+// Points the inputs of n, which runs in step s, to the copies made for s. 0: no memory.
+MILI_FN int mili_read_copies(mil_tape *tape, mili_plan *plan, mil_node *n, int s)
+{
+    for (int j = 0; j < n->input_count; j++) {
+        mil_node *in = n->input[j], *base = in->plan->base;
+        if (base->plan->copy_step != s + 1 || !mili_reads_rows(n, j)) continue;
+        if (in != base && in->plan->copy_step != s + 1) {  // a view: the same view of the copy
+            mil_node *view = mili_copy_node(tape, plan, in, s, 1);
+            if (!view) return 0;
+            view->plan->base = view->input[0] = base->plan->copy;
+            in->plan->copy = view;
+            in->plan->copy_step = s + 1;
+        }
+        n->input[j] = in->plan->copy;
+    }
+    return 1;
+}
+
+// Adds to the list what n, in step s, reads of copies.
+MILI_FN int mili_list_copies(const mil_tape *tape, const mil_node *n, int s, mil_node **list, int count)
+{
+    for (int j = 0; j < n->input_count; j++) {
+        mil_node *made = mili_to_copy(tape, n, j, s);
+        if (!made || made->plan->copy_step == s + 1) continue;
+        made->plan->copy_step = s + 1;
+        list[count++] = made;
+    }
+    return count;
+}
+
+// Copies into group s what it is to compute again. `list` has room for all nodes of the tape.
+MILI_FN int mili_copy_into(mil_tape *tape, mili_plan *plan, int s, mil_node **list)
+{
+    mili_step *step = &plan->step[s];
+    int count = 0;
+    for (int k = 0; k < step->count; k++) count = mili_list_copies(tape, step->node[k], s, list, count);
+    for (int k = 0; k < count; k++) count = mili_list_copies(tape, list[k], s, list, count);           // and what those read
+    if (count == 0) return 1;
+    for (int gap = count / 2; gap > 0; gap /= 2)           // in the order of recording
+        for (int i = gap; i < count; i++) {
+            mil_node *n = list[i];
+            int j = i;
+            for (; j >= gap && list[j - gap]->index > n->index; j -= gap) list[j] = list[j - gap];
+            list[j] = n;
+        }
+    mil_node **nodes = (mil_node **)mili_arena_alloc(tape->ctx, &tape->arena, (size_t)(count + step->count) * sizeof *nodes);
+    if (!nodes) return 0;
+    for (int i = 0; i < count; i++) {
+        mil_node *copy = mili_copy_node(tape, plan, list[i], s, 1);
+        if (!copy) return 0;
+        list[i]->plan->copy = copy;
+        if (list[i]->second && list[i]->second->flags & MILI_NEEDED) {
+            mil_node *second = mili_copy_node(tape, plan, list[i]->second, s, 1);
+            if (!second) return 0;
+            second->input[0] = copy;
+            copy->second = second;
+            list[i]->second->plan->copy = second;
+            list[i]->second->plan->copy_step = s + 1;
+        }
+        if (!mili_read_copies(tape, plan, copy, s)) return 0;
+        nodes[i] = copy;
+    }
+    for (int k = 0; k < step->count; k++) {
+        int reads = 0;
+        mil_node *n = step->node[k];
+        for (int j = 0; j < n->input_count; j++) reads |= n->input[j]->plan->base->plan->copy_step == s + 1;
+        if (reads) n = mili_copy_node(tape, plan, n, s, 0);            // the node as recorded stays as it is
+        if (!n || (reads && !mili_read_copies(tape, plan, n, s))) return 0;
+        nodes[count + k] = n;
+    }
+    step->node = nodes;
+    step->count += count;
+    return 1;
+}
+
+// Takes out of the groups what only copies were read of.
+MILI_FN void mili_drop_unread(const mil_tape *tape, mili_plan *plan)
+{
+    for (int64_t i = tape->ran; i < tape->count; i++) tape->node[i]->plan->uses = 0;
+    for (int s = plan->step_count - 1; s >= 0; s--) {
+        mili_step *step = &plan->step[s];
+        int left = step->count;                            // kept nodes gather at the end
+        for (int k = step->count - 1; k >= 0; k--) {
+            mil_node *n = step->node[k];
+            const int stored = n->plan->stored || (n->second && n->second->plan->stored);
+            if (step->group && n->kind == MIL_KIND_ROWS && !stored && n->plan->uses == 0) continue;
+            for (int j = 0; j < n->input_count; j++) {
+                mil_node *base = n->input[j]->plan->base;
+                (base->op == &mili_op_second ? base->input[0] : base)->plan->uses++;
+            }
+            step->node[--left] = n;
+        }
+        step->node += left;
+        step->count -= left;
+    }
+}
+
+MILI_FN mil_status mili_make_copies(mil_tape *tape, mili_plan *plan)
+{
+    mili_mark_stored(tape, plan);
+    mil_node **list = (mil_node **)mili_arena_alloc(tape->ctx, &tape->arena, (size_t)(tape->count - tape->ran) * sizeof *list);
+    if (!list) return MIL_ERROR_NO_MEMORY;
+    for (int s = 0; s < plan->step_count; s++)
+        if (plan->step[s].group && !mili_copy_into(tape, plan, s, list)) return MIL_ERROR_NO_MEMORY;
+    if (plan->copy_count) mili_drop_unread(tape, plan);
+    for (int64_t i = tape->ran; i < tape->count; i++) tape->node[i]->plan->copy_step = 0;
     return MIL_OK;
 }
 
@@ -4395,19 +4600,13 @@ MILI_FN void mili_assign_places(mil_tape *tape, mili_plan *plan)
 // The layout of one slot of a group: its tiles, shared within the group, then scratch.
 MILI_FN mil_status mili_plan_slot(mil_tape *tape, mili_step *step, mili_span *span)
 {
-    size_t row = 0;
     step->scratch_bytes = 0;
     step->wave_rows = step->rows;
     for (int k = 0; k < step->count; k++) {
         mil_node *n = step->node[k];
-        row += mili_row_bytes(n);
         if (n->op->scratch) step->scratch_bytes = MILI_MAX(step->scratch_bytes, mili_align_up(n->op->scratch(n)));
         if (n->plan->deferred) step->wave_rows = MILI_MIN(step->rows, (int64_t)MILI_WAVE_ROWS);
     }
-    step->tile_rows = MILI_TILE_ROWS;
-    while (step->tile_rows > 8 && row > MILI_TILE_BYTES / (size_t)step->tile_rows) step->tile_rows /= 2;
-    step->partitions = MILI_PARTITIONS;
-
     for (int k = 0; k < step->count; k++) {                // the last reader of each tile
         step->node[k]->plan->last_reader = k;
         if (step->node[k]->second) step->node[k]->second->plan->last_reader = k;
@@ -4458,9 +4657,11 @@ MILI_FN mili_plan *mili_make_plan(mil_tape *tape)
     for (int64_t i = tape->ran; i < tape->count; i++) tape->node[i]->plan->group = 0;
     const int stages = mili_assign_stages(tape, groups);
     if (mili_make_steps(tape, plan, stages, groups) != MIL_OK) return NULL;
+    mili_size_tiles(plan);
+    if (groups && !tape->stream_capacity && mili_make_copies(tape, plan) != MIL_OK) return NULL;
     mili_assign_places(tape, plan);
 
-    const size_t room = (size_t)(4 * (tape->count - tape->ran) + plan->step_count + 1);
+    const size_t room = (size_t)(4 * (tape->count - tape->ran + plan->copy_count) + plan->step_count + 1);
     const mili_arena_mark mark = mili_arena_here(&tape->arena);
     mili_span *span = (mili_span *)mili_arena_alloc(ctx, &tape->arena, room * sizeof *span);
     if (!span) return NULL;
@@ -4517,12 +4718,10 @@ MIL_DEF size_t mil_tape_bytes(mil_tape *tape)
 {
     if (!tape || tape->status != MIL_OK) return 0;
     mili_enter(tape->ctx);
-    mili_chunk *chunk = tape->arena.current;               // the plan is only looked at: its memory is given back
-    const size_t used = chunk ? chunk->used : 0;
+    const mili_arena_mark mark = mili_arena_here(&tape->arena);        // the plan is only looked at: its memory is given back
     const mili_plan *plan = tape->count == tape->ran && tape->update_count == tape->updates_ran ? NULL : mili_make_plan(tape);
     const size_t bytes = plan ? plan->bytes + MILI_ALIGN : 0;
-    for (mili_chunk *c = chunk; c; c = c->next) c->used = c == chunk ? used : 0;
-    tape->arena.current = chunk;
+    mili_arena_release(&tape->arena, mark);
     return bytes;
 }
 
@@ -4882,6 +5081,7 @@ MILI_FN mil_status mili_bind(mil_tape *tape, mili_plan *plan)
             n->data = place == MILI_PLACE_FULL || place == MILI_PLACE_WAVE ? plan->memory + n->plan->offset : NULL;
         }
     }
+    for (mili_plan_node *p = plan->copies; p; p = p->next_copy) p->node->data = p->place == MILI_PLACE_WAVE ? plan->memory + p->offset : NULL;
     return MIL_OK;
 }
 
@@ -4902,6 +5102,7 @@ MILI_FN mil_status mili_run_step(mil_tape *tape, mili_plan *plan, mili_step *ste
 {
     mil_context *ctx = tape->ctx;
     if (ctx->backend) return mili_run_on_backend(ctx, step->node[0]);
+    if (step->count == 0) return MIL_OK;                   // all of it runs elsewhere
     if (step->group) {
         mili_group g;
         const int64_t rows = tape->stream_capacity && step->rows == tape->stream_capacity ? tape->stream_rows : step->rows;
@@ -5187,7 +5388,7 @@ MILI_FN void mili_convert_run(const mil_exec *x)
         else for (int64_t j = 0; j < cols; j++) mili_convert(MILI_K(x), MILI_OUT(x) + r * cols + j, src + j * step, t.dtype, 1);
     }
 }
-static const mil_op mili_op_convert = MILI_ROWS_OP("convert", mili_convert_run, NULL);
+static const mil_op mili_op_convert = { "convert", mili_convert_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, MILI_OP_SOURCE | MILI_OP_CHEAP };
 
 MILI_FN mil_node *mili_as(mil_node *x, mil_dtype dtype)
 {
@@ -5220,7 +5421,7 @@ MILI_FN void mili_constant_run(const mil_exec *x)
     const mil_real value = (mil_real)x->node->r[0];
     for (int64_t i = 0; i < x->rows * x->node->cols; i++) MILI_OUT(x)[i] = value;
 }
-static const mil_op mili_op_constant = MILI_ROWS_OP("constant", mili_constant_run, NULL);
+static const mil_op mili_op_constant = { "constant", mili_constant_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, MILI_OP_SOURCE | MILI_OP_CHEAP };
 
 MIL_DEF mil_node *mil_constant(mil_tape *tape, int rank, const int64_t *shape, double value)
 {
@@ -6832,7 +7033,7 @@ MILI_FN void mili_random_run(const mil_exec *x)
         if (!n->i[0] && MILI_OUT(x)[i] >= 1) MILI_OUT(x)[i] = (mil_real)(1 - 1.0 / 16777216);        // rounded up to 1
     }
 }
-static const mil_op mili_op_random = MILI_ROWS_OP("random", mili_random_run, NULL);
+static const mil_op mili_op_random = { "random", mili_random_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, MILI_OP_SOURCE };
 
 MILI_FN void mili_permutation_run(const mil_exec *x)       // Fisher and Yates
 {

@@ -180,6 +180,22 @@ static int values_equal(const values *a, const values *b)
     return same;
 }
 
+static double values_distance(const values *a, const values *b)        // of the reals, relative to the largest of each result
+{
+    double worst = 0;
+    for (int i = 0; i < a->count; i++) {
+        const mil_real *x = (const mil_real *)a->data[i], *y = (const mil_real *)b->data[i];
+        double size = 1e-3, err = 0;
+        if (i == 3) continue;                              // indices
+        for (size_t k = 0; k < a->bytes[i] / sizeof *x; k++) {
+            if (fabs((double)x[k]) > size) size = fabs((double)x[k]);
+            if (!(fabs((double)x[k] - (double)y[k]) <= err)) err = fabs((double)x[k] - (double)y[k]);
+        }
+        if (!(err / size <= worst)) worst = err / size;
+    }
+    return worst;
+}
+
 static void values_free(values *v) { for (int i = 0; i < v->count; i++) free(v->data[i]); }
 
 static const int64_t net_sizes[][2] = { { 1, 1 }, { 1, 2 }, { 1, 127 }, { 1, 128 }, { 1, 129 }, { 1, 1000 }, { 1, 4095 }, { 1, 4096 }, { 1, 4097 }, { 2, 1 }, { 2, 150 }, { 3, 700 } };
@@ -213,7 +229,7 @@ TEST(node_by_node_agrees_with_row_groups)
     mil_context *ctx = context_new(1);
     for (int k = 0; k < COUNT(net_sizes); k++) {
         values a = net_run(&n, ctx, net_sizes[k][0], net_sizes[k][1], 1, NULL, 0), b = net_run(&n, ctx, net_sizes[k][0], net_sizes[k][1], 1, apart, 2);
-        CHECK(values_equal(&a, &b));                       // the same tiles, so the same bits
+        CHECK(values_distance(&a, &b) < (MIL_REAL_IS_FLOAT ? 1e-4 : 1e-12));         // tiles, and with them sums, may be cut otherwise
         values_free(&a); values_free(&b);
     }
     mil_context_free(ctx);
@@ -362,6 +378,57 @@ TEST(scoring_memory_does_not_grow_with_the_rows)
     free(x);
 }
 
+TEST(training_memory_does_not_grow_with_the_rows_when_recomputing)
+{
+    net n;
+    net_make(&n);
+    mil_context *ctx = context_new(1);
+    size_t bytes[2][2];
+    for (int recompute = 0; recompute < 2; recompute++)
+        for (int k = 0; k < 2; k++) {
+            mil_tape *tape = tape_new(ctx);
+            const int64_t N = k ? 200000 : 50000;
+            const mil_tensor t = mil_tensor_matrix(n.x, MIL_F16, N, NET_D);          // planned, not run
+            mil_tape_set(tape, MIL_TAPE_RECOMPUTE, recompute);
+            mil_tape_training(tape, 1);
+            mil_node *h = mil_dropout(mil_relu(mil_linear(mil_input(tape, "x", &t), mil_use(tape, &n.param[0]), mil_use(tape, &n.param[1]))), 0.2, "d");
+            mil_node *s = mil_linear(mil_tanh(mil_linear(h, mil_use(tape, &n.param[2]), NULL)), mil_use(tape, &n.param[4]), NULL);
+            mil_node *z = mil_softmax_pool(s, h), *top = mil_max(h, 0);
+            mil_tape_backward(tape, mil_add(mil_sum_all(mil_square(z)), mil_sum_all(mil_square(top))));
+            for (int i = 0; i < 5; i++) mil_node_keep(mil_node_grad(mil_use(tape, &n.param[i])));
+            bytes[recompute][k] = mil_tape_bytes(tape);
+            mil_tape_free(tape);
+        }
+    CHECK(bytes[0][0] > (size_t)50000 * NET_E * sizeof(mil_real) && bytes[0][1] > 3 * bytes[0][0]);
+    CHECK(bytes[1][0] == bytes[1][1] && bytes[1][0] < (size_t)40 << 20);
+    CHECK(bytes[1][0] > 0);
+    mil_context_free(ctx);
+    net_free(&n);
+}
+
+TEST(converted_features_are_never_stored_whole)
+{
+    net n;
+    net_make(&n);
+    mil_context *ctx = context_new(1);
+    size_t bytes[2];
+    for (int half = 0; half < 2; half++) {
+        mil_tape *tape = tape_new(ctx);
+        const mil_tensor t = mil_tensor_matrix(n.x, half ? MIL_BF16 : MIL_REAL_DTYPE, 100000, NET_D);
+        mil_tape_training(tape, 1);
+        n.param[2].shape[1] = NET_D;                       // planned, not run
+        n.param[2].count = NET_A * NET_D;
+        mil_node *h = mil_tanh(mil_linear(mil_input(tape, "x", &t), mil_use(tape, &n.param[2]), NULL));
+        mil_tape_backward(tape, mil_sum_all(mil_square(mil_softmax_pool(mil_slice(h, 1, 0, 1), h))));
+        mil_node_keep(mil_node_grad(mil_use(tape, &n.param[2])));
+        bytes[half] = mil_tape_bytes(tape);
+        mil_tape_free(tape);
+    }
+    CHECK(bytes[0] > 0 && bytes[1] < bytes[0] + ((size_t)8 << 20));
+    mil_context_free(ctx);
+    net_free(&n);
+}
+
 TEST(the_callers_workspace_is_used_and_a_small_one_refused)
 {
     net n;
@@ -383,7 +450,7 @@ TEST(the_callers_workspace_is_used_and_a_small_one_refused)
     mil_tape_workspace(tape, block, bytes);
     c.largest = 0;
     CHECK(mil_tape_run(tape) == MIL_OK);
-    CHECK(c.largest < 100000);
+    CHECK(c.largest < bytes);
     CHECK(block[bytes] == 0x5a && block[bytes + 1] == 0x5a && block[bytes + 2] == 0x5a);
     values got = net_values(&n);
     CHECK(values_equal(&expected, &got));
@@ -1221,7 +1288,7 @@ TEST(a_deep_tape_of_small_nodes_runs_and_gives_the_right_gradient)
     mil_node *g = mil_node_grad(x);
     mil_node_keep(g);
     mil_node_keep(y);
-    CHECK(mil_tape_bytes(tape) < 1000000);
+    CHECK(mil_tape_bytes(tape) < 3000 * 64 + 20000);       // the constants, which forward and backward read; all else is short-lived
     CHECK(mil_tape_run(tape) == MIL_OK && mil_node_read(g, v, 3) == MIL_OK);
     for (int i = 0; i < 3; i++) CHECK_NEAR(v[i], 1, 1e-5);
     CHECK(mil_node_read(y, v, 3) == MIL_OK);
@@ -1232,7 +1299,8 @@ TEST(a_deep_tape_of_small_nodes_runs_and_gives_the_right_gradient)
 
 TESTS(T(planned_memory_gives_the_bits_of_unshared_memory) T(node_by_node_agrees_with_row_groups) T(any_number_of_threads_gives_the_same_bits)
       T(recomputing_in_the_backward_pass_gives_the_same_bits) T(bytes_asked_for_are_the_bytes_then_allocated)
-      T(scoring_memory_does_not_grow_with_the_rows) T(the_callers_workspace_is_used_and_a_small_one_refused) T(everything_fits_into_one_fixed_block)
+      T(scoring_memory_does_not_grow_with_the_rows) T(training_memory_does_not_grow_with_the_rows_when_recomputing)
+      T(converted_features_are_never_stored_whole) T(the_callers_workspace_is_used_and_a_small_one_refused) T(everything_fits_into_one_fixed_block)
       T(every_failing_allocation_is_an_error_and_leaves_the_tape_usable) T(a_tape_that_has_seen_its_shapes_allocates_nothing)
       T(errors_are_sticky_and_name_layer_op_and_shapes) T(scopes_with_dots_are_popped_whole) T(each_wrong_call_has_its_sentence)
       T(null_arguments_are_no_crash) T(a_tape_runs_in_stages) T(an_update_of_a_lost_value_is_an_error)
