@@ -525,6 +525,7 @@ TOOL_FN int run_heatmap(mil_context *ctx, const arguments *a)
                 m.map = s.contribution ? "contribution" : "rank";
                 if (!s.contribution && i == 0) tool_warn("%s gives no contributions: the map is the rank of its attention", mil_model_name(model));
             }
+            if (!argument_given(a, "head") && s.heads == about.class_count) m.head = m.klass;      // a map per class
             const double *values = map_values(&s, &m, paths[i], &columns, &diverging);
             int64_t zoom = zoom_wanted;
             if (!zoom) {

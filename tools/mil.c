@@ -264,7 +264,7 @@ static const option heatmap_options[] = {
     { "out", "PNG|DIR", NULL, "the picture; or a folder, with a picture per bag" },
     { "map", "WHAT", NULL, "contribution, margin, rank, weight or score; else contribution, or rank where a model has none" },
     { "class", "NAME", NULL, "whose contributions; else the second of two, or the predicted one" },
-    { "head", "K", "0", "which attention, for models with several" },
+    { "head", "K", "0", "which attention, for models with several; one per class: that of --class" },
     { "patch-size", "PX", NULL, "edge of a patch at level 0, when the file does not say" },
     { "step", "PX", NULL, "distance of patches at level 0, instead of what the coordinates say" },
     { "zoom", "N", "0", "pixels per step; 0: so that the longer side has about 600" },

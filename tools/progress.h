@@ -44,16 +44,16 @@ TOOL_FN void progress_add(progress *p, int64_t units, const char *what)
     p->shown = now;
     const double share = p->total ? (double)p->done / (double)p->total : 1, spent = now - p->started;
     const double rate = spent > 0 ? (double)(p->done - p->begun) / spent : 0;
-    const int filled = (int)(share * 24);
-    char bar[25], left[32] = "";
-    for (int k = 0; k < 24; k++) bar[k] = k < filled ? '=' : k == filled ? '>' : ' ';
-    bar[24] = 0;
+    const int filled = (int)(share * 20);
+    char bar[21], left[32] = "";
+    for (int k = 0; k < 20; k++) bar[k] = k < filled ? '=' : k == filled ? '>' : ' ';
+    bar[20] = 0;
     if (rate > 0) {
         const int64_t s = (int64_t)((double)(p->total - p->done) / rate + 0.5);
         snprintf(left, sizeof left, s >= 3600 ? "%lld:%02lld:%02lld left" : "%.0lld%lld:%02lld left",
                  s >= 3600 ? (long long)(s / 3600) : 0LL, (long long)(s % 3600 / 60), (long long)(s % 60));
     }
-    const int n = fprintf(stderr, "\r%.28s [%s] %3d%%  %.1f %s/s  %s", what, bar, (int)(share * 100), rate, p->unit, left) - 1;
+    const int n = fprintf(stderr, "\r%.26s [%s] %3d%%  %.1f %s/s  %s", what, bar, (int)(share * 100), rate, p->unit, left) - 1;
     if (n < p->width) fprintf(stderr, "%*s", p->width - n, "");
     p->width = n > p->width ? n : p->width;
     fflush(stderr);
