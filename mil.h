@@ -2154,6 +2154,7 @@ MILI_INLINE double mili_random_gauss(uint64_t seed, uint64_t stream, uint64_t co
 //   K->axpy(y, a, x, n)                                               y += a x
 //   K->scale(y, x, a, b, n)                                           y = a x + b; y may be x
 //   K->sum(x, n), dot(x, y, n), max(x, n), min(x, n)                  n = 0: 0, 0, -inf, +inf. A NaN gives NaN.
+//   K->finite(x, n)                                                   1 when every x is
 //   K->exp_sum(y, x, n, shift)                                        y = exp(x - shift), returns sum(y); y may be x
 //   mili_softmax_row(K, y, x, n)                                      all -inf gives zeros; y may be x
 //
@@ -2226,6 +2227,7 @@ typedef struct mili_kernels {
     void (*scale)(mil_real *y, const mil_real *x, mil_real a, mil_real b, int64_t n);
     mili_fold_fn *sum, *max, *min;
     mil_real (*dot)(const mil_real *x, const mil_real *y, int64_t n);
+    int (*finite)(const mil_real *x, int64_t n);
     mil_real (*exp_sum)(mil_real *y, const mil_real *x, int64_t n, mil_real shift);
     void (*from_f16)(mil_real *dst, const void *src, int64_t n);
     void (*from_bf16)(mil_real *dst, const void *src, int64_t n);
@@ -2418,6 +2420,23 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
         if (i < n) s0 = T##_fma(T##_load_part(x + i, n - i), T##_load_part(y + i, n - i), s0); \
         return T##_sum(T##_add(T##_add(s0, s1), T##_add(s2, s3))); \
     } \
+    /* x times 0 is 0, or NaN when x is not finite. The zero is volatile: -ffast-math would know better. */ \
+    static TARGET int T##_finite(const mil_real *x, int64_t n) \
+    { \
+        volatile mil_real nothing = 0; \
+        const T##_v zero = T##_set(nothing); \
+        T##_v s0 = zero, s1 = s0, s2 = s0, s3 = s0; \
+        int64_t i = 0; \
+        for (; i + 4 * T##_lanes <= n; i += 4 * T##_lanes) { \
+            s0 = T##_fma(zero, T##_load(x + i), s0); \
+            s1 = T##_fma(zero, T##_load(x + i + T##_lanes), s1); \
+            s2 = T##_fma(zero, T##_load(x + i + 2 * T##_lanes), s2); \
+            s3 = T##_fma(zero, T##_load(x + i + 3 * T##_lanes), s3); \
+        } \
+        for (; i + T##_lanes <= n; i += T##_lanes) s0 = T##_fma(zero, T##_load(x + i), s0); \
+        if (i < n) s0 = T##_fma(zero, T##_load_part(x + i, n - i), s0); \
+        return !mili_is_nan(T##_sum(T##_add(T##_add(s0, s1), T##_add(s2, s3)))); \
+    } \
     MILI_DEFINE_EXTREME(T, TARGET, max, 1) \
     MILI_DEFINE_EXTREME(T, TARGET, min, 0) \
     static TARGET void T##_mul_add(mil_real *y, const mil_real *a, const mil_real *b, int64_t n) \
@@ -2591,7 +2610,7 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
         T##_map_silu, T##_map_silu_grad, T##_map_relu, \
         T##_zip_gate, T##_zip_add, T##_zip_sub, T##_zip_mul, T##_zip_div, T##_mul_add, \
         T##_zip_tanh_grad, T##_zip_sigmoid_grad, T##_zip_relu_grad, T##_drop, T##_axpy, T##_scale, \
-        T##_fold_sum, T##_fold_max, T##_fold_min, T##_fold_dot, T##_exp_sum, T##_from_f16, T##_from_bf16 };
+        T##_fold_sum, T##_fold_max, T##_fold_min, T##_fold_dot, T##_finite, T##_exp_sum, T##_from_f16, T##_from_bf16 };
 
 // ---- plain C ---------------------------------------------------------------------------------------------------------
 // Any compiler and CPU, float or double. A vector is four reals side by side, which compilers turn into the machine's
@@ -4799,14 +4818,43 @@ MILI_FN void mili_frame_set(mili_frame *f, mil_context *ctx, const mil_node *n, 
 }
 
 // ---- a group, by tiles ----
+// Rows of a stream, in the caller's memory: each task converts and checks the tiles that it works on.
+typedef struct mili_rows {
+    const mil_node *node;                                  // the input that they are
+    const char *data;
+    size_t    stride;
+    mil_dtype dtype;
+    int       direct;                                      // 1: they can be read where they stand
+    mil_real *tiles;                                       // else a tile per slot
+    int64_t   first;                                       // number of the row at `data`
+    int64_t   bad[MILI_PARTITIONS];                        // per partition, the first row that holds NaN or infinity; -1: none
+} mili_rows;
+
 typedef struct mili_group {
     mil_tape *tape;
     const mili_plan *plan;
     const mili_step *step;
     char *memory;                                          // workspace
     int64_t begin, end, all_rows;                          // rows of this call; begin is a multiple of the tile
+    mili_rows *rows;                                       // NULL: inputs are read whole
     mili_slots slots;
 } mili_group;
+
+// Rows [row, row + count), packed and in mil_real. NULL, and `bad` set, when one is not finite.
+MILI_FN const mil_real *mili_rows_tile(mili_rows *r, const mili_kernels *K, int64_t row, int64_t count, int64_t tile_rows, int slot, int64_t partition)
+{
+    const int64_t cols = r->node->cols;
+    const char *from = r->data + (size_t)(row - r->first) * r->stride;
+    const mil_real *tile = (const mil_real *)(const void *)from;
+    if (!r->direct) {
+        mil_real *to = r->tiles + slot * tile_rows * cols;
+        for (int64_t i = 0; i < count; i++) mili_convert(K, to + i * cols, from + (size_t)i * r->stride, r->dtype, cols);
+        tile = to;
+    }
+    if (K->finite(tile, count * cols)) return tile;
+    for (int64_t i = 0; i < count && r->bad[partition] < 0; i++) if (!K->finite(tile + i * cols, cols)) r->bad[partition] = row + i;
+    return NULL;
+}
 
 MILI_FN void mili_group_task(void *arg, int64_t partition)
 {
@@ -4822,10 +4870,16 @@ MILI_FN void mili_group_task(void *arg, int64_t partition)
     mili_frame f;
     for (; tile * tile_rows < g->end; tile += step->partitions) {
         const int64_t row = tile * tile_rows, rows = MILI_MIN(tile_rows, g->end - row);
+        const mil_real *from = NULL;
+        if (g->rows) {
+            from = mili_rows_tile(g->rows, ctx->kernels, row, rows, tile_rows, index, partition);
+            if (!from) continue;
+        }
         for (int k = 0; k < step->count; k++) {
             const mil_node *n = step->node[k];
             if (n->plan->deferred) continue;
             mili_frame_set(&f, ctx, n, row, rows, slot, g->begin);
+            for (int i = 0; from && i < n->input_count; i++) if (n->input[i]->plan->base == g->rows->node) f.in[i] = from;
             f.x.all_rows = g->all_rows;
             f.x.scratch = scratch;
             if (n->kind == MIL_KIND_ROWS) n->op->run(&f.x);
@@ -14733,6 +14787,7 @@ struct mil_scorer {
     int64_t      results_at;                               // rows that the results in the workspace are of; -1: none
     mil_real    *stage;
     int64_t      stage_rows;
+    int          whole_waves;                              // a reduction reads the features of many tiles at once
     char        *saved;                                    // states, during a query or a push
     size_t       saved_bytes;
 };
@@ -14934,6 +14989,11 @@ MILI_FN mil_status mili_scorer_open(mil_scorer *s, int64_t capacity)
         s->features = out.features;
         s->capacity = capacity;
         s->version = mili_model_version(s->model);
+        s->whole_waves = 0;
+        for (int k = 0; k < plan->step[step].count; k++) {
+            const mil_node *n = plan->step[step].node[k];
+            for (int i = 0; i < n->input_count; i++) s->whole_waves |= n->plan->deferred && n->input[i]->plan->base == out.features;
+        }
         mili_group_open(&s->group, tape, plan, &plan->step[step], plan->memory);
         mili_group_begin(&s->group);
         mili_plan_done(tape, plan);
@@ -15119,45 +15179,25 @@ MILI_FN void mili_scorer_feed(mil_scorer *s, const mil_real *rows, int64_t count
     mili_group_rows(&s->group, s->fed, s->fed + count);
 }
 
-// Whether all of `count` reals are finite, by their bits: a maximum over integers, which compilers vectorise.
-MILI_FN int mili_all_finite(const mil_real *x, int64_t count)
+// Feeds `count` rows, a multiple of the tile, from the caller's memory. Returns the first that is not finite, -1: all are; the
+// states are then to be put back. Uses the stage, which must be empty, unless the rows can be read where they stand.
+MILI_FN int64_t mili_scorer_feed_from(mil_scorer *s, const char *data, int64_t count, size_t stride, mil_dtype dtype)
 {
-#if MIL_REAL_IS_FLOAT
-    uint32_t top = 0, u;
-    for (int64_t i = 0; i < count; i++) {
-        memcpy(&u, &x[i], sizeof u);
-        u &= 0x7fffffffu;
-        top = u > top ? u : top;
-    }
-    return top < 0x7f800000u;
-#else
-    for (int64_t i = 0; i < count; i++) if (!mili_is_finite(x[i])) return 0;
-    return 1;
-#endif
-}
-
-// The first row that is not finite; -1: all are.
-typedef struct mili_finite_job { const mil_real *rows; int64_t count, D, bad[MILI_MAX_SLOTS], chunks; } mili_finite_job;
-
-MILI_FN void mili_finite_task(void *arg, int64_t index)
-{
-    mili_finite_job *job = (mili_finite_job *)arg;
-    const int64_t begin = job->count * index / job->chunks, end = job->count * (index + 1) / job->chunks;
-    job->bad[index] = -1;
-    for (int64_t r = begin; r < end; r++)
-        if (!mili_all_finite(job->rows + r * job->D, job->D)) { job->bad[index] = r; return; }
-}
-
-MILI_FN int64_t mili_first_not_finite(mil_context *ctx, const mil_real *rows, int64_t count, int64_t D)
-{
-    mili_finite_job job;
-    job.rows = rows;
-    job.count = count;
-    job.D = D;
-    job.chunks = count * D > 65536 ? MILI_MIN((int64_t)ctx->threads, MILI_MAX_SLOTS) : 1;
-    mili_parallel(ctx, job.chunks, mili_finite_task, &job);
-    for (int64_t i = 0; i < job.chunks; i++) if (job.bad[i] >= 0) return job.bad[i];
-    return -1;
+    mili_rows r;
+    int64_t bad = -1;
+    r.node = s->features;
+    r.data = data;
+    r.stride = stride;
+    r.dtype = dtype;
+    r.direct = dtype == MIL_REAL_DTYPE && stride == (size_t)s->features->cols * sizeof(mil_real) && (uintptr_t)data % sizeof(mil_real) == 0;
+    r.tiles = s->stage;
+    r.first = s->fed;
+    for (int p = 0; p < MILI_PARTITIONS; p++) r.bad[p] = -1;
+    s->group.rows = &r;
+    mili_scorer_feed(s, (const mil_real *)(const void *)data, count);
+    s->group.rows = NULL;
+    for (int p = 0; p < MILI_PARTITIONS; p++) if (r.bad[p] >= 0 && (bad < 0 || r.bad[p] < bad)) bad = r.bad[p];
+    return bad < 0 ? -1 : bad - r.first;
 }
 
 MILI_FN mil_status mili_scorer_push(mil_scorer *s, const void *rows, int64_t count, size_t stride, mil_dtype dtype)
@@ -15182,51 +15222,50 @@ MILI_FN mil_status mili_scorer_push(mil_scorer *s, const void *rows, int64_t cou
     if (count == 0) return MIL_OK;
     if (!stride) stride = packed;
 
+    const mili_kernels *K = ctx->kernels;
     const int64_t tile = s->plan->step[s->step].tile_rows, fed = s->fed, staged = s->staged;
     const char *src = (const char *)rows;
     const int direct = dtype == MIL_REAL_DTYPE && stride == packed && (uintptr_t)rows % sizeof(mil_real) == 0;
     int64_t bad = -1, done = 0;
-    mili_scorer_states(s, 0);                              // tiles are taken back by their states, staged rows by counting
+    int saved = 0;                                         // tiles are taken back by their states, staged rows by counting
     while (done < count && bad < 0) {
-        if (direct && s->staged == 0 && count - done >= tile) {
-            // Checked a little ahead of the arithmetic, while the rows are on their way into the cache.
-            const int64_t n = MILI_MIN(count - done, 2048) / tile * tile;
-            const mil_real *at = (const mil_real *)(const void *)(src + (size_t)done * stride);
-            bad = mili_first_not_finite(ctx, at, n, D);
+        const char *from = src + (size_t)done * stride;
+        if (s->staged == 0 && count - done >= tile && (direct || !s->whole_waves)) {
+            const int64_t n = (count - done) / tile * tile;
+            if (!saved++) mili_scorer_states(s, 0);
+            bad = mili_scorer_feed_from(s, from, n, stride, dtype);
             if (bad >= 0) { bad += done; break; }
-            mili_scorer_feed(s, at, n);
             s->fed += n;
             done += n;
             continue;
         }
-        const int64_t n = MILI_MIN(count - done, s->stage_rows - s->staged);
-        mil_real *to = s->stage + s->staged * D;
-        for (int64_t r = 0; r < n; r++) mili_convert(ctx->kernels, to + r * D, src + (size_t)(done + r) * stride, dtype, D);
-        bad = mili_first_not_finite(ctx, to, n, D);
-        if (bad >= 0) { bad += done; break; }
+        // Rows that fill a tile up, or are too few for one. The stage's own rows stay until all others are known to be fine.
+        const int64_t n = MILI_MIN(count - done, tile - s->staged);
+        for (int64_t r = 0; r < n && bad < 0; r++) {
+            mil_real *to = s->stage + (s->staged + r) * D;
+            mili_convert(K, to, from + (size_t)r * stride, dtype, D);
+            if (!K->finite(to, D)) bad = done + r;
+        }
+        if (bad >= 0) break;
         done += n;
         s->staged += n;
-        const int64_t full = s->staged / tile * tile;
-        if (!full || (done < count && s->staged < s->stage_rows && !(direct && s->staged == full))) continue;
-        if (staged && fed == s->fed && done < count) {     // rows of an earlier push leave the stage: are all others fine?
-            int64_t rest = -1;
-            for (int64_t r = done; r < count && rest < 0; r++) {
-                mil_real one[64];
-                for (int64_t c = 0; c < D && rest < 0; c += 64) {
-                    const int64_t m = MILI_MIN(64, D - c);
-                    mili_convert(ctx->kernels, one, src + (size_t)r * stride + (size_t)c * mil_dtype_size(dtype), dtype, m);
-                    if (!mili_all_finite(one, m)) rest = r;
-                }
+        if (s->staged < tile) continue;
+        for (int64_t r = done; r < count && staged && fed == s->fed && bad < 0; r++) {
+            mil_real one[64];
+            for (int64_t c = 0; c < D && bad < 0; c += 64) {
+                const int64_t m = MILI_MIN(64, D - c);
+                mili_convert(K, one, src + (size_t)r * stride + (size_t)c * mil_dtype_size(dtype), dtype, m);
+                if (!K->finite(one, m)) bad = r;
             }
-            if (rest >= 0) { bad = rest; break; }
         }
-        mili_scorer_feed(s, s->stage, full);
-        s->fed += full;
-        s->staged -= full;
-        memmove(s->stage, s->stage + full * D, (size_t)(s->staged * D) * sizeof(mil_real));
+        if (bad >= 0) break;
+        if (!saved++) mili_scorer_states(s, 0);
+        mili_scorer_feed(s, s->stage, tile);
+        s->fed += tile;
+        s->staged = 0;
     }
     if (bad >= 0) {
-        mili_scorer_states(s, 1);
+        if (saved) mili_scorer_states(s, 1);
         s->fed = fed;
         s->staged = staged;
         return mili_fail(ctx, MIL_ERROR_NUMERIC, "mil_scorer_push: row %lld of this call holds NaN or infinity", (long long)bad);
