@@ -13,18 +13,18 @@
 //     mil_context *ctx;
 //     if (mil_context_create(&ctx, NULL) != MIL_OK) return 1;
 //     mil_model *model = mil_create(ctx, "abmil.base.uni.none", "num_classes=2");
-//     if (!model || mil_load(model, "weights.safetensors") != MIL_OK) { puts(mil_error(ctx)); return 1; }
+//     mil_scorer *scorer = mil_load(model, "weights.safetensors") == MIL_OK ? mil_scorer_create(model, NULL) : NULL;
 //
-//     mil_scorer *scorer = mil_scorer_create(model, NULL);
-//     mil_scorer_push(scorer, features, n, 0, MIL_F32);             // in one call, or as the patches come
-//
-//     mil_real logits[2];
-//     if (mil_scorer_read(scorer, MIL_LOGITS, logits, 2) != MIL_OK) { puts(mil_error(ctx)); return 1; }
-//     printf("logits %.4f %.4f\n", logits[0], logits[1]);
+//     mil_real logits[2];                                           // what is NULL fails on, and the first sentence stays
+//     int ok = mil_scorer_push(scorer, features, n, 0, MIL_F32) == MIL_OK           // in one call, or as the patches come
+//           && mil_scorer_read(scorer, MIL_LOGITS, logits, 2) == MIL_OK;
+//     if (ok) printf("logits %.4f %.4f\n", (double)logits[0], (double)logits[1]);
+//     else puts(mil_error(ctx));
 //
 //     mil_scorer_free(scorer);
 //     mil_model_free(model);
 //     mil_context_free(ctx);
+//     return ok ? 0 : 1;
 //
 // What it does not do: it does not open slides, cut patches or run the patch encoder; it reads safetensors and NPY and no
 // other format (tools/ converts); it is no general array library; it is not a medical device.
@@ -599,7 +599,10 @@ typedef struct mil_model mil_model;
 // Creates a model with fresh weights (seed 0; mil_model_init for others).
 //   name     `<model>.<config>.<encoder>.<task>`, short names filled in: "abmil" = "abmil.base.uni.none". The encoder gives
 //            in_dim (>>models: mil_encoder_dim). A task other than "none" says that weights will be loaded.
-//   options  "key=value key=value", the reference's keyword names; NULL or "" for none. Later wins. Lists: "a=[1,2]".
+//            Models and configs: mil_architecture_at(i)->name, ->configs (>>extending).
+//   options  "key=value key=value", no blanks around the =, the reference's keyword names; NULL or "" for none. Later wins.
+//            Lists: "a=[1,2]". The options of a model with type, default, range and meaning: mil_model_architecture(m)->options,
+//            or mil_architecture_at(i)->options without a model; `mil models NAME` prints them.
 // Returns NULL on error: an unknown model, config, encoder or option (the sentence names the nearest known one), an
 // ill-typed value, options that do not fit each other, no memory.
 MIL_API mil_model *mil_create(mil_context *ctx, const char *name, const char *options);
@@ -608,7 +611,7 @@ MIL_API mil_context *mil_model_context(const mil_model *model);
 
 MIL_API const char *mil_model_name(const mil_model *model);                         // full, four parts
 MIL_API int64_t mil_model_in_dim(const mil_model *model);
-MIL_API int64_t mil_model_num_classes(const mil_model *model);
+MIL_API int64_t mil_model_num_classes(const mil_model *model);                      // C; 0: no classifier, slide_feats and attention only, logits NULL
 MIL_API int64_t mil_model_parameter_count(const mil_model *model);                  // trainable numbers
 MIL_API int64_t mil_encoder_dim(const char *encoder);                               // 0 when unknown
 
@@ -634,7 +637,7 @@ struct mil_param {
     int64_t     count;                                    // elements
     int         trainable;                                // 0: a buffer
     int         frozen;                                   // 1: not trained for now (mil_param_freeze)
-    void       *data;                                     // backend memory; on the CPU readable and writable
+    void       *data;                                     // backend memory; on the CPU readable and writable (then count version up)
     mil_real   *grad;                                     // sum of gradients since the last step, or NULL
     mil_init    init;
     mil_model  *model;
@@ -663,6 +666,9 @@ MIL_API mil_load_options mil_load_options_default(void);
 // Loads weights by their state-dict keys; keys may all carry the prefix `model.` or `module.`, or none.
 // Missing, extra and mis-shaped tensors are named in one sentence; the model is unchanged unless MIL_OK is returned.
 // A file without the classifier (FEATHER) loads with new_head.
+// A trainer of the model may live meanwhile: it goes on from the new weights with its old moments, counters and averages (to
+// start anew, make a new trainer); not while the averaged weights are swapped in. Scorers take the new weights at the next bag.
+// A snapshot of the weights in memory, as for early stopping: mil_save_memory, and mil_load_memory to go back to it.
 MIL_API mil_status mil_load_memory(mil_model *model, const void *bytes, size_t size, const mil_load_options *options);
 #ifndef MIL_NO_STDIO
 MIL_API mil_status mil_load(mil_model *model, const char *path);                                          // default options
@@ -715,6 +721,7 @@ typedef struct mil_bag {
 } mil_bag;
 
 MIL_API mil_bag mil_bag_make(const float *features, int64_t instances, int64_t dim);       // features [instances, dim], packed
+MIL_API mil_bag mil_bag_from(const mil_tensor *features);                                  // of any dtype, [N, D] or [B, N, D]; NULL: no features
 
 // X(constant, name, meaning)
 #define MIL_LOSS_LIST(X)                                                                            \
@@ -733,18 +740,22 @@ typedef struct mil_target {
     double         value;                                 // BCE, one logit: the target in 0..1
     const double  *values;                                // BCE: [B * C]; NULL: `value`
     int64_t        count;                                 // how many labels or values
+    double         weight;                                // multiplies the whole loss of this call, auxiliary losses too; above 0
     const double  *class_weights;                         // CE: [C], or NULL for all 1; the mean is weighted, as torch does
     double         label_smoothing;                       // CE: 0..1
     double         pos_weight;                            // BCE: weight of positives, 1 for none
 } mil_target;
-MIL_API mil_target mil_target_class(int64_t label);                                        // CE
-MIL_API mil_target mil_target_value(double value);                                         // BCE
+// The mean over bags is divided by the sum of the bags' class weights: with one bag per call they cancel, and `weight` is what
+// weighs bags (weight = class_weights[label] for classes of different sizes). All bags of a call in classes of weight 0 are
+// MIL_ERROR_ARGUMENT. A target that is zeroed memory is one too: its weight is 0.
+MIL_API mil_target mil_target_class(int64_t label);                                        // CE, weight 1
+MIL_API mil_target mil_target_value(double value);                                         // BCE, weight 1
 
 #define MIL_MAX_OUTPUTS 32
 typedef struct mil_outputs {
     mil_node *features;                                   // the input itself, [B, N, D]
     mil_node *logits;                                     // [B, C]
-    mil_node *loss;                                       // one element; NULL without a target
+    mil_node *loss;                                       // one element, times target->weight; NULL without a target
     mil_node *attention;                                  // in the reference's shape, as it returns it; NULL when the model has none
     mil_node *attention_scores;                           // [B, N, K] raw scores, or NULL
     mil_node *attention_weights;                          // [B, N, K] after the softmax over instances, or NULL
@@ -831,6 +842,7 @@ MIL_API mil_status mil_scorer_read_f64(mil_scorer *scorer, mil_result result, do
 
 // The loss of logits against `target`, one element. CE: logits [B, C], as torch's CrossEntropyLoss. BCE: any shape, as torch's
 // BCEWithLogitsLoss. Checks the target (a class outside 0..C-1, NaN, counts that do not fit) and copies it into the tape.
+// target->weight is left to mil_model_record, which multiplies the model's whole loss by it.
 MIL_API mil_node *mil_loss_node(mil_node *logits, const mil_target *target);
 MIL_API mil_node *mil_cross_entropy(mil_node *logits, mil_node *labels, mil_node *class_weights, double label_smoothing);   // labels [B] MIL_I64, weights [C] or NULL
 MIL_API mil_node *mil_bce_with_logits(mil_node *logits, mil_node *targets, double pos_weight);                  // same shapes
@@ -887,6 +899,9 @@ MIL_API const mil_option *mil_trainer_options(int *count);
 // accumulated for it are dropped, weights and moments are as before. MIL_ERROR_STATE while the averaged weights are swapped in.
 // Once it has seen the largest bag, a step allocates nothing.
 MIL_API mil_status mil_trainer_step(mil_trainer *trainer, const mil_bag *bag, const mil_target *target, double *loss, mil_real *logits);
+// The loss and the logits (NULL: not wanted) of one bag or batch as the model stands, dropout off; nothing is updated or counted.
+// Also while the averaged weights are swapped in. Errors as mil_trainer_step. mil_trainer_tape is then that of this call.
+MIL_API mil_status mil_trainer_evaluate(mil_trainer *trainer, const mil_bag *bag, const mil_target *target, double *loss, mil_real *logits);
 // Updates with the gradients accumulated so far, as at the end of an epoch whose last group is not full; a mean is by
 // their own number. Nothing when there are none.
 MIL_API mil_status mil_trainer_flush(mil_trainer *trainer);
@@ -903,7 +918,9 @@ MIL_API mil_status mil_trainer_swap_ema(mil_trainer *trainer);
 
 // All that a later mil_trainer_restore needs to go on with the same bits: moments, counters, EMA, accumulated gradients, as
 // safetensors. The model's weights are saved apart (mil_save). save: *size is the room on entry, the need on return (dst NULL:
-// only asks). restore: into a trainer of the same optimizer over a model of the same parameters; unchanged unless MIL_OK.
+// only asks). restore: into a trainer with the same options over a model of the same parameters; unchanged unless MIL_OK. An
+// option of another value is MIL_ERROR_FORMAT and named, but for `seed`, which the state brings along as it does the factor of
+// mil_trainer_scale_lr, by which the rate of a restored run can be changed.
 MIL_API mil_status mil_trainer_save(const mil_trainer *trainer, void *dst, size_t *size);
 MIL_API mil_status mil_trainer_restore(mil_trainer *trainer, const void *bytes, size_t size);
 #endif
@@ -1369,6 +1386,8 @@ MIL_API int64_t mil_architecture_count(void);                                   
 MIL_API const mil_architecture *mil_architecture_at(int64_t i);
 MIL_API const mil_architecture *mil_model_architecture(const mil_model *model);
 // Makes a model of your own known to mil_create, mil_open of this context. The struct is not copied.
+// Errors: MIL_ERROR_ARGUMENT (something is missing: name, configs, declare, forward, the option in_dim; or a model of this
+// name has a config of the same name already, the library's own among them).
 MIL_API mil_status mil_register(mil_context *ctx, const mil_architecture *architecture);
 
 // ---- backends ----------------------------------------------------------------------------------------------------
@@ -3573,20 +3592,6 @@ MIL_DEF void mil_context_free(mil_context *ctx)
 }
 
 MIL_DEF const char *mil_context_cpu(const mil_context *ctx) { return ctx ? ctx->kernels->name : ""; }
-
-MIL_DEF mil_status mil_register(mil_context *ctx, const mil_architecture *architecture)
-{
-    if (!ctx) return MIL_ERROR_ARGUMENT;
-    mili_enter(ctx);
-    if (!architecture || !architecture->name || !architecture->declare || !architecture->forward || architecture->config_count < 1)
-        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_register: an architecture needs a name, a config, declare and forward");
-    const size_t old = (size_t)ctx->registered_count * sizeof *ctx->registered;
-    const mil_architecture **grown = (const mil_architecture **)mili_realloc(ctx, (void *)ctx->registered, old, old + sizeof *grown);
-    if (!grown) return MIL_ERROR_NO_MEMORY;
-    ctx->registered = grown;
-    ctx->registered[ctx->registered_count++] = architecture;
-    return MIL_OK;
-}
 
 // ==== >>record: nodes, shapes, random draws =======================================================================
 
@@ -11471,7 +11476,6 @@ MILI_FN int mili_option_set(const mil_option *o, void *config, const char *text,
         int64_t v;
         *expected = "a whole number";
         if (!mili_text_int(text, &v)) return 0;
-        *expected = "a whole number in its range";
         if (!mili_in_range(o->choices, (double)v)) return 0;
         memcpy(at, &v, sizeof v);
         return 1;
@@ -11480,7 +11484,6 @@ MILI_FN int mili_option_set(const mil_option *o, void *config, const char *text,
         double v;
         *expected = "a number";
         if (!mili_text_number(text, &v)) return 0;
-        *expected = "a number in its range";
         if (!mili_in_range(o->choices, v)) return 0;
         memcpy(at, &v, sizeof v);
         return 1;
@@ -11599,8 +11602,12 @@ MILI_FN mil_status mili_parse_options(mil_context *ctx, const mil_option *table,
         if (!*at) return MIL_OK;
         const char *start = at;
         while (*at && *at != '=' && *at != ' ' && *at != ',') at++;
-        if (*at != '=' || at == start || (size_t)(at - start) >= sizeof key)
-            return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: %s is not key=value", what, mili_quote_n(start, (size_t)(at - start)).text);
+        if (*at != '=' || at == start || (size_t)(at - start) >= sizeof key) {
+            const char *next = at;
+            while (*next == ' ') next++;
+            return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: %s is not key=value%s", what, mili_quote_n(start, (size_t)(at - start)).text,
+                             *next == '=' || at == start ? "; there may be no blanks around the =" : "");
+        }
         memcpy(key, start, (size_t)(at - start));
         key[at - start] = 0;
         at++;
@@ -11842,6 +11849,27 @@ MILI_FN const mil_config *mili_config_find(const mil_architecture *arch, const c
     return NULL;
 }
 
+MIL_DEF mil_status mil_register(mil_context *ctx, const mil_architecture *architecture)
+{
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mili_enter(ctx);
+    if (!architecture || !architecture->name || !architecture->declare || !architecture->forward || architecture->config_count < 1)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_register: an architecture needs a name, a config, declare and forward");
+    const mil_option *in_dim = mili_option_find(architecture->options, architecture->option_count, "in_dim");
+    if (!in_dim || in_dim->type != MIL_OPTION_INT)
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_register: %s has no option in_dim of type MIL_OPTION_INT, the width of its features", architecture->name);
+    for (int64_t i = 0; mili_architecture_nth(ctx, i); i++)
+        for (int c = 0; c < architecture->config_count && strcmp(mili_architecture_nth(ctx, i)->name, architecture->name) == 0; c++)
+            if (mili_config_find(mili_architecture_nth(ctx, i), architecture->configs[c].name))
+                return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_register: there is a model %s.%s already", architecture->name, architecture->configs[c].name);
+    const size_t old = (size_t)ctx->registered_count * sizeof *ctx->registered;
+    const mil_architecture **grown = (const mil_architecture **)mili_realloc(ctx, (void *)ctx->registered, old, old + sizeof *grown);
+    if (!grown) return MIL_ERROR_NO_MEMORY;
+    ctx->registered = grown;
+    ctx->registered[ctx->registered_count++] = architecture;
+    return MIL_OK;
+}
+
 typedef struct mili_name { char part[4][48]; } mili_name;  // model, config, encoder, task
 
 // Splits a name and fills the missing parts from the left.
@@ -11877,7 +11905,7 @@ MILI_FN const mil_architecture *mili_find_architecture(mil_context *ctx, const m
         for (int c = 0; c < arch->config_count; c++) mili_nearest_try(&configs, arch->configs[c].name);
     }
     if (known) mili_fail(ctx, MIL_ERROR_UNKNOWN, "model %s has no config %s; did you mean \"%s\"?", name->part[0], mili_quote_n(name->part[1], strlen(name->part[1])).text, configs.best);
-    else mili_fail(ctx, MIL_ERROR_UNKNOWN, "no model %s; did you mean \"%s\"?", mili_quote_n(name->part[0], strlen(name->part[0])).text, models.best ? models.best : "");
+    else mili_fail(ctx, MIL_ERROR_UNKNOWN, "no model %s; did you mean \"%s\"? One of your own needs mil_register first", mili_quote_n(name->part[0], strlen(name->part[0])).text, models.best ? models.best : "");
     return NULL;
 }
 
@@ -12515,6 +12543,14 @@ MIL_DEF mil_bag mil_bag_make(const float *features, int64_t instances, int64_t d
     return bag;
 }
 
+MIL_DEF mil_bag mil_bag_from(const mil_tensor *features)
+{
+    mil_bag bag;
+    memset(&bag, 0, sizeof bag);
+    if (features) bag.features = *features;
+    return bag;
+}
+
 MIL_DEF mil_target mil_target_class(int64_t label)
 {
     mil_target t;
@@ -12522,6 +12558,7 @@ MIL_DEF mil_target mil_target_class(int64_t label)
     t.loss = MIL_LOSS_CE;
     t.label = label;
     t.count = 1;
+    t.weight = 1;
     t.pos_weight = 1;
     return t;
 }
@@ -12609,13 +12646,15 @@ MIL_DEF mil_status mil_model_record(mil_tape *tape, mil_model *model, const mil_
     else if (f.shape[f.rank - 1] != D)
         mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "bag: features %s, the model takes width %lld", mili_shape_text(f.rank, f.shape).s, (long long)D);
     else if (!mili_with_batch(&f, 3) || f.shape[0] < 1 || f.shape[1] < 1)
-        mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "bag: features %s hold no instance", mili_shape_text(f.rank, f.shape).s);
+        mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "bag: features %s hold no instance", mili_shape_text(bag->features.rank, bag->features.shape).s);
     else if (f.shape[0] > 1 && !(model->arch->flags & MIL_MODEL_BATCHES))
         mil_tape_fail(tape, MIL_ERROR_UNSUPPORTED, "bag: %lld bags in one call, the model takes one", (long long)f.shape[0]);
     else if (bag->mask.data && !(model->arch->flags & MIL_MODEL_MASK))
         mil_tape_fail(tape, MIL_ERROR_UNSUPPORTED, "bag: the model has no mask");
     else if (!bag->coords.data && (model->arch->flags & MIL_MODEL_COORDS))
         mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "bag: the model needs coords");
+    else if (target && !(target->weight > 0 && mili_is_finite_f64(target->weight)))
+        mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "target: weight is %g, not above 0; make targets by mil_target_class or mil_target_value", target->weight);
     else {
         in.tape = tape;
         in.ctx = tape->ctx;
@@ -12626,6 +12665,7 @@ MIL_DEF mil_status mil_model_record(mil_tape *tape, mil_model *model, const mil_
         in.mask = mili_bag_input(tape, "mask", &bag->mask, 2, f.shape[0], f.shape[1], 0);
         in.coords = mili_bag_input(tape, "coords", &bag->coords, 3, f.shape[0], f.shape[1], 2);
         if (tape->status == MIL_OK) model->arch->forward(model->layers, model->config, &in, out);
+        if (out->loss && target && target->weight != 1) out->loss = mil_affine(out->loss, target->weight, 0);
     }
     mil_tape_pop(tape);
     return mili_tape_report(tape);
@@ -13929,6 +13969,8 @@ MILI_FN mil_node *mili_loss_ce(mil_node *logits, const mil_target *target)
     const double *weights = target->class_weights;
     if (logits->rank != 2) return mil_tape_fail(tape, MIL_ERROR_SHAPE, "loss: logits %s where [B, C] is needed", MILI_SHAPE(logits));
     const int64_t B = logits->shape[0], C = logits->shape[1];
+    if (target->count < 1)
+        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "loss: mil_target.count is %lld, expected %lld; use mil_target_class", (long long)target->count, (long long)B);
     if (target->count != B || (!target->labels && B != 1))
         return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "loss: %lld label%s for a batch of %lld", (long long)(target->labels ? target->count : 1),
                              target->labels && target->count != 1 ? "s" : "", (long long)B);
@@ -14493,6 +14535,62 @@ MILI_FN mil_status mili_record_bag(mil_trainer *t, const mil_bag *bag, const mil
     return mili_tape_check(tape);
 }
 
+// The first row of the bag that holds NaN or infinity, counted over all bags of a batch; -1: none does.
+MILI_FN int64_t mili_bag_not_finite(const mil_context *ctx, const mil_tensor *features)
+{
+    int64_t stride[MIL_MAX_RANK];
+    const int last = features->rank - 1;
+    mili_tensor_strides(features, stride);
+    const int64_t D = features->shape[last], N = features->shape[last - 1], rows = mil_tensor_count(features) / MILI_MAX(D, 1);
+    for (int64_t r = 0; r < rows; r++) {
+        const char *at = (const char *)features->data + r % N * stride[last - 1] + (last > 1 ? r / N * stride[0] : 0);
+        for (int64_t c = 0; c < D; c++) {
+            mil_real x;
+            mili_convert(ctx->kernels, &x, at + c * stride[last], features->dtype, 1);
+            if (!mili_is_finite(x)) return r;
+        }
+    }
+    return -1;
+}
+
+MILI_FN mil_status mili_loss_not_finite(mil_trainer *t, const mil_bag *bag, const char *call)
+{
+    const int64_t row = mili_bag_not_finite(t->ctx, &bag->features);
+    if (row >= 0)
+        return mili_fail(t->ctx, MIL_ERROR_NUMERIC, "%s: the loss is not finite; row %lld of the features holds NaN or infinity; nothing was updated", call, (long long)row);
+    return mili_fail(t->ctx, MIL_ERROR_NUMERIC, "%s: the loss is not finite after %lld bags, though the features are; nothing was updated", call, (long long)t->bags);
+}
+
+MIL_DEF mil_status mil_trainer_evaluate(mil_trainer *t, const mil_bag *bag, const mil_target *target, double *loss, mil_real *logits)
+{
+    if (!t) return MIL_ERROR_ARGUMENT;
+    mil_context *ctx = t->ctx;
+    mil_tape *tape = t->tape;
+    mil_outputs out;
+    mil_real value = 0;
+    mili_enter(ctx);
+    if (!bag || !target) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_trainer_evaluate: bag or target is NULL");
+    if (tape->count > 0) mil_tape_reset(tape);             // else it may hold the caller's draws
+    mil_tape_training(tape, 0);
+    mil_tape_seed(tape, t->seed, (uint64_t)t->bags);
+    mil_model_record(tape, t->model, bag, target, &out);
+    if (tape->status == MIL_OK && !out.loss) mil_tape_fail(tape, MIL_ERROR_UNSUPPORTED, "trainer: the model gives no loss");
+    if (tape->status == MIL_OK && logits && !out.logits) mil_tape_fail(tape, MIL_ERROR_UNSUPPORTED, "trainer: the model gives no logits");
+    mil_node_keep(out.loss);
+    if (logits) mil_node_keep(out.logits);
+    if (mil_tape_run(tape) != MIL_OK || mil_node_read(out.loss, &value, 1) != MIL_OK) goto failed;
+    if (!mili_is_finite(value)) {
+        mili_loss_not_finite(t, bag, "mil_trainer_evaluate");
+        goto failed;
+    }
+    if (logits && mil_node_read(out.logits, logits, out.logits->count) != MIL_OK) goto failed;
+    if (loss) *loss = (double)value;
+    return MIL_OK;
+failed:
+    mil_tape_reset(tape);
+    return ctx->status;
+}
+
 MIL_DEF mil_status mil_trainer_step(mil_trainer *t, const mil_bag *bag, const mil_target *target, double *loss, mil_real *logits)
 {
     if (!t) return MIL_ERROR_ARGUMENT;
@@ -14513,7 +14611,7 @@ MIL_DEF mil_status mil_trainer_step(mil_trainer *t, const mil_bag *bag, const mi
     mili_plan_done(tape, plan);
     if (mil_node_read(out.loss, &value, 1) != MIL_OK) goto failed;
     if (!mili_is_finite(value)) {
-        mili_fail(ctx, MIL_ERROR_NUMERIC, "trainer: the loss of call %lld is not finite; nothing was updated", (long long)t->bags);
+        mili_loss_not_finite(t, bag, "mil_trainer_step");
         goto failed;
     }
     if (logits && mil_node_read(out.logits, logits, out.logits->count) != MIL_OK) goto failed;
@@ -14574,18 +14672,39 @@ MIL_DEF mil_status mil_trainer_swap_ema(mil_trainer *t)
 // ---- a trainer's state as safetensors ----
 // Tensors: `counters` MIL_I64 [MILI_COUNTERS], `updates` MIL_I64 [slots], `lr_scale` MIL_F64 [1], and per parameter and kind
 // `<kind>.<key>` in the parameter's shape. `grad` only for what has one; `slow` and `ema` only after the first update.
-#define MILI_STATE_VERSION "1"
+#define MILI_STATE_VERSION "2"
 enum { MILI_COUNT_UPDATES, MILI_COUNT_BAGS, MILI_COUNT_ACCUMULATED, MILI_COUNT_STARTED, MILI_COUNT_SEED, MILI_COUNTERS };
 
-MILI_FN const char *mili_optimizer_name(const mil_trainer *t, char *name, size_t room)
+// The options as "key=value key=value". Writes at most `room` bytes with the final 0, returns the length.
+MILI_FN size_t mili_train_print(const mili_train_config *c, char *dst, size_t room)
 {
-    size_t size = 0;
-    const char *choice = mili_choice(mili_train_options[0].choices, t->config.optimizer, &size);
-    MIL_ASSERT(choice && size < room);
-    MILI_UNUSED(room);
-    memcpy(name, choice, size);
-    name[size] = 0;
-    return name;
+    size_t at = 0;
+    for (int i = 0; i < MILI_COUNT(mili_train_options); i++) {
+        char text[64];
+        mili_option_print(&mili_train_options[i], c, text, sizeof text, 0);
+        at += (size_t)snprintf(at < room ? dst + at : NULL, at < room ? room - at : 0, "%s%s=%s", i ? " " : "", mili_train_options[i].name, text);
+    }
+    return at;
+}
+
+// Options of a saved state must be the trainer's. The seed is the state's.
+MILI_FN mil_status mili_train_compare(mil_trainer *t, const char *saved)
+{
+    mil_context *ctx = t->ctx;
+    const int count = MILI_COUNT(mili_train_options);
+    mili_train_config other;
+    memset(&other, 0, sizeof other);
+    if (mili_option_defaults(ctx, mili_train_options, count, &other, "trainer state") != MIL_OK) return ctx->status;
+    if (mili_parse_options(ctx, mili_train_options, count, saved, &other, "trainer state") != MIL_OK) return ctx->status;
+    for (int i = 0; i < count; i++) {
+        const mil_option *o = &mili_train_options[i];
+        char theirs[64], ours[64];
+        mili_option_print(o, &other, theirs, sizeof theirs, 0);
+        mili_option_print(o, &t->config, ours, sizeof ours, 0);
+        if (strcmp(o->name, "seed") != 0 && strcmp(theirs, ours) != 0)
+            return mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: of a trainer with %s=%s, this one has %s=%s", o->name, theirs, o->name, ours);
+    }
+    return MIL_OK;
 }
 
 // Whether the state holds this kind of this slot.
@@ -14620,9 +14739,11 @@ MIL_DEF mil_status mil_trainer_save(const mil_trainer *t, void *dst, size_t *siz
     const char **name = (const char **)mili_arena_alloc(ctx, &arena, most * sizeof *name);
     int64_t *updates = (int64_t *)mili_arena_alloc(ctx, &arena, (size_t)t->slots * sizeof *updates);
     int64_t counter[MILI_COUNTERS], shape = MILI_COUNTERS, one = 1, count = 0;
-    char optimizer[16];
+    const size_t room = mili_train_print(&t->config, NULL, 0) + 1;
+    char *options = (char *)mili_arena_alloc(ctx, &arena, room);
     mil_meta meta[2];
-    if (!tensor || !name || !updates) goto done;
+    if (!tensor || !name || !updates || !options) goto done;
+    mili_train_print(&t->config, options, room);
 
     counter[MILI_COUNT_UPDATES] = t->updates;
     counter[MILI_COUNT_BAGS] = t->bags;
@@ -14653,8 +14774,8 @@ MIL_DEF mil_status mil_trainer_save(const mil_trainer *t, void *dst, size_t *siz
     }
     meta[0].key = "mil.trainer";
     meta[0].value = MILI_STATE_VERSION;
-    meta[1].key = "mil.optimizer";
-    meta[1].value = mili_optimizer_name(t, optimizer, sizeof optimizer);
+    meta[1].key = "mil.options";
+    meta[1].value = options;
     mil_tensors_write_memory(ctx, tensor, name, count, meta, 2, dst, size);
 done:
     mili_arena_free(ctx, &arena);
@@ -14680,12 +14801,11 @@ MILI_FN mil_status mili_state_read(mil_trainer *t, mili_arena *arena, const mil_
     mil_context *ctx = t->ctx;
     int64_t counter[MILI_COUNTERS], shape = MILI_COUNTERS, one = 1, known = 3;
     double lr_scale;
-    char optimizer[16];
-    const char *version = mil_tensors_meta(file, "mil.trainer"), *saved = mil_tensors_meta(file, "mil.optimizer");
+    const char *version = mil_tensors_meta(file, "mil.trainer"), *saved = mil_tensors_meta(file, "mil.options");
     if (!version || strcmp(version, MILI_STATE_VERSION) != 0)
         return mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: %s", version ? "of another version of this library" : "this is not one");
-    if (!saved || strcmp(saved, mili_optimizer_name(t, optimizer, sizeof optimizer)) != 0)
-        return mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: of optimizer %s, this trainer's is %s", saved ? saved : "?", optimizer);
+    if (!saved) return mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: its options are missing");
+    if (mili_train_compare(t, saved) != MIL_OK) return ctx->status;
     const mil_tensor *counters = mili_state_tensor(ctx, file, "counters", MIL_I64, 1, &shape);
     const mil_tensor *scale = mili_state_tensor(ctx, file, "lr_scale", MIL_F64, 1, &one);
     const mil_tensor *updates = mili_state_tensor(ctx, file, "updates", MIL_I64, 1, &t->slots);
@@ -14723,7 +14843,7 @@ MILI_FN mil_status mili_state_read(mil_trainer *t, mili_arena *arena, const mil_
         }
     }
     if (known != mil_tensors_count(file))
-        return mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: %lld tensors where this model and these options have %lld",
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: %lld tensors where a model of these parameters has %lld",
                          (long long)mil_tensors_count(file), (long long)known);
     if (!take) return MIL_OK;
     t->updates = counter[MILI_COUNT_UPDATES];

@@ -148,6 +148,8 @@ CALL(mil_load_with, model, "no/such/file", NULL)
 CALL(mil_save, model, "no/such/folder/file")
 CALL(mil_scorer_push, scorer, NULL, 3, 0, MIL_F32)
 CALL(mil_scorer_read, scorer, MIL_LOGITS, NULL, 77)
+CALL(mil_scorer_read_f64, scorer, MIL_LOGITS, NULL, 77)
+CALL(mil_trainer_evaluate, trainer, NULL, NULL, NULL, NULL)
 CALL(mil_trainer_restore, trainer, "abc", 3)
 CALL(mil_metrics_compute, ctx, NULL, NULL, 0, 2, NULL)
 CALL(mil_metric_predict, ctx, NULL, 0, 2, NULL)
@@ -195,8 +197,8 @@ static const failing calls[] = {
     F(mil_register), { "mil_tape_create", tape_create }, { "mil_tape_status", tape_status }, { "mil_tape_run", tape_run }, { "mil_tape_rerun", rerun },
     { "mil_tape_backward", backward }, { "mil_tape_backward_from", backward_from }, { "mil_input_set", input_set }, { "mil_node_read", node_read },
     { "mil_model_record", record }, F(mil_param_read), F(mil_param_write), F(mil_model_set_class_names), F(mil_model_set_metadata), F(mil_load_memory),
-    F(mil_load), F(mil_load_with), F(mil_save), { "mil_save_memory", save_memory }, { "mil_scorer_score", scorer_score }, F(mil_scorer_push), F(mil_scorer_read),
-    { "mil_trainer_step", trainer_step }, { "mil_trainer_flush", trainer_flush }, { "mil_trainer_swap_ema", trainer_swap },
+    F(mil_load), F(mil_load_with), F(mil_save), { "mil_save_memory", save_memory }, { "mil_scorer_score", scorer_score }, F(mil_scorer_push), F(mil_scorer_read), F(mil_scorer_read_f64),
+    { "mil_trainer_step", trainer_step }, F(mil_trainer_evaluate), { "mil_trainer_flush", trainer_flush }, { "mil_trainer_swap_ema", trainer_swap },
     { "mil_trainer_save", trainer_save }, F(mil_trainer_restore), F(mil_metrics_compute), F(mil_metric_predict), F(mil_metric_confusion), F(mil_metric_accuracy),
     F(mil_metric_balanced_accuracy), F(mil_metric_precision), F(mil_metric_recall), F(mil_metric_specificity), F(mil_metric_f1), F(mil_metric_kappa),
     F(mil_metric_auroc), F(mil_metric_average_precision), F(mil_metric_auroc_ovr), F(mil_metric_average_precision_ovr), F(mil_metric_youden),

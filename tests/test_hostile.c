@@ -111,7 +111,7 @@ TEST(checkpoints_with_broken_descriptions_are_refused_by_name)
         { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"[]\"}", -1, NULL, 0, NULL }, MIL_ERROR_FORMAT, "not an object" },
         { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"{\\\"in_dim\\\":4,\\\"in_dim\\\":5}\"}", -1, NULL, 0, NULL }, MIL_ERROR_FORMAT, "twice" },
         { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"{\\\"in_dims\\\":4}\"}", -1, NULL, 0, NULL }, MIL_ERROR_UNKNOWN, "no option \"in_dims\"" },
-        { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"{\\\"in_dim\\\":-4}\"}", -1, NULL, 0, NULL }, MIL_ERROR_ARGUMENT, "in its range" },
+        { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"{\\\"in_dim\\\":-4}\"}", -1, NULL, 0, NULL }, MIL_ERROR_ARGUMENT, "expected a whole number (" },
         { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"{\\\"in_dim\\\":4.5}\"}", -1, NULL, 0, NULL }, MIL_ERROR_ARGUMENT, "whole number" },
         { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"{\\\"in_dim\\\":{}}\"}", -1, NULL, 0, NULL }, MIL_ERROR_ARGUMENT, "whole number" },
         { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"{\\\"in_dim\\\":1000000,\\\"embed_dim\\\":1000000}\"}", -1, NULL, 0, NULL }, MIL_ERROR_FORMAT, "justify" },
@@ -223,6 +223,9 @@ TEST(options_that_break_a_rule_are_named)
         { "abmil", "dropout=", MIL_ERROR_ARGUMENT, "a number" },
         { "abmil", "gate=yes", MIL_ERROR_ARGUMENT, "true or false" },
         { "abmil", "gate=2", MIL_ERROR_ARGUMENT, "true or false" },
+        { "abmil", "num_classes = 3", MIL_ERROR_ARGUMENT, "no blanks around the =" },
+        { "abmil", "num_classes 3", MIL_ERROR_ARGUMENT, "\"num_classes\" is not key=value" },
+        { "abmil", "dropout=2", MIL_ERROR_ARGUMENT, "expected a number (0..1)" },
         { "abmil", "in_dim=0", MIL_ERROR_ARGUMENT, "1..1000000" },
         { "abmil", "in_dim=1000001", MIL_ERROR_ARGUMENT, "1..1000000" },
         { "abmil", "in_dim=0x10", MIL_ERROR_ARGUMENT, "whole number" },
@@ -258,6 +261,7 @@ TEST(options_that_break_a_rule_are_named)
         { "abmil.base.uni.none.x", NULL, MIL_ERROR_UNKNOWN, "model name" },
         { "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", NULL, MIL_ERROR_UNKNOWN, "model name" },
         { "ABMIL", NULL, MIL_ERROR_UNKNOWN, "did you mean" },
+        { "mymil", NULL, MIL_ERROR_UNKNOWN, "needs mil_register first" },
         { "abmil.base.\xff\xfe", NULL, MIL_ERROR_UNKNOWN, "no encoder" } };
     mil_context *ctx = make_context();
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {

@@ -228,6 +228,8 @@ TEST(targets_that_do_not_fit_are_refused_with_a_sentence)
     t.count = 4;
     refused(4, 3, &t, MIL_ERROR_ARGUMENT, "label 3 of bag 2");
     refused(2, 3, &t, MIL_ERROR_ARGUMENT, "4 labels for a batch of 2");
+    memset(&t, 0, sizeof t);
+    refused(1, 3, &t, MIL_ERROR_ARGUMENT, "mil_target.count is 0, expected 1; use mil_target_class");
     t = mil_target_class(0);
     t.class_weights = nan_weights;
     refused(1, 3, &t, MIL_ERROR_ARGUMENT, "the weight of class 1 is");

@@ -703,8 +703,8 @@ TEST(a_backend_with_memory_of_its_own_trains_alike)
 
 TEST(a_state_that_does_not_fit_is_refused_and_changes_nothing)
 {
-    static const char *const others[4] = { "optimizer=sgd momentum=0.9", "optimizer=adam", "optimizer=adamw ema=0.5", "optimizer=adamw lookahead=true" };
-    static const char *const words[4] = { "of optimizer adamw, this trainer's is sgd", "of optimizer adamw", "ema", "slow" };
+    static const char *const others[4] = { "optimizer=sgd momentum=0.9 accumulate=2", "optimizer=adam accumulate=2", "optimizer=adamw accumulate=2 ema=0.5", "optimizer=adamw accumulate=2 lookahead=true" };
+    static const char *const words[4] = { "with optimizer=adamw, this one has optimizer=sgd", "optimizer=adam", "ema=0, this one has ema=0.5", "lookahead=false" };
     rig a, b;
     size_t size, size2;
     probe_open(&a, "optimizer=adamw accumulate=2");
@@ -717,8 +717,16 @@ TEST(a_state_that_does_not_fit_is_refused_and_changes_nothing)
         CHECK(mil_trainer_steps(b.trainer) == 0);
         rig_close(&b);
     }
-    CHECK(rig_open(&b, "abmil", SMALL_ABMIL, "optimizer=adamw", 1, 0));
+    CHECK(rig_open(&b, "abmil", SMALL_ABMIL, "optimizer=adamw accumulate=2", 1, 0));
     CHECK(mil_trainer_restore(b.trainer, bytes, size) == MIL_ERROR_FORMAT);
+    rig_close(&b);
+
+    probe_open(&b, "optimizer=adamw accumulate=2 lr=0.5 seed=3");            // a rate of its own; the seed does not matter
+    CHECK(mil_trainer_restore(b.trainer, bytes, size) == MIL_ERROR_FORMAT);
+    CHECK_CONTAINS(mil_error(b.ctx), "with lr=0.0001, this one has lr=0.5");
+    rig_close(&b);
+    probe_open(&b, "optimizer=adamw accumulate=2 seed=3");
+    CHECK(mil_trainer_restore(b.trainer, bytes, size) == MIL_OK);
     rig_close(&b);
 
     probe_open(&b, "optimizer=adamw accumulate=2");
@@ -770,6 +778,63 @@ TEST(swapping_the_average_twice_gives_the_weights_back)
     rig_close(&r);
 }
 
+TEST(evaluating_gives_loss_and_logits_and_changes_nothing)
+{
+    rig r;
+    size_t size, size2;
+    double loss = 0, trained = 0, averaged = 0;
+    mil_real logits[2], at_step[2];
+    fill_bags(features, 6);
+    CHECK(rig_open(&r, "abmil", SMALL_ABMIL, "optimizer=adam lr=0.01 ema=0.5 accumulate=2", 1, 0));
+    for (int t = 0; t < 5; t++) CHECK(abmil_step(&r, features, t, NULL, NULL) == MIL_OK);
+    const mil_bag bag = mil_bag_make(features, INSTANCES, DIM);
+    mil_target target = mil_target_class(1);
+    char *before = state_of(&r, &size);
+    CHECK(mil_trainer_evaluate(r.trainer, &bag, &target, &loss, logits) == MIL_OK);
+    CHECK_NEAR(loss, log(exp((double)logits[0] - (double)logits[1]) + 1), CLOSE);
+    char *after = state_of(&r, &size2);
+    CHECK(size == size2 && memcmp(before, after, size) == 0);
+    CHECK(mil_trainer_swap_ema(r.trainer) == MIL_OK);
+    CHECK(mil_trainer_evaluate(r.trainer, &bag, &target, &averaged, NULL) == MIL_OK);
+    CHECK(averaged != loss);
+    CHECK(mil_trainer_swap_ema(r.trainer) == MIL_OK);
+    CHECK(mil_trainer_evaluate(r.trainer, NULL, &target, &loss, NULL) == MIL_ERROR_ARGUMENT);
+    CHECK(mil_trainer_evaluate(NULL, &bag, &target, &loss, NULL) == MIL_ERROR_ARGUMENT);
+    CHECK(mil_trainer_step(r.trainer, &bag, &target, &trained, at_step) == MIL_OK);
+    CHECK(trained > 0);
+    free(before);
+    free(after);
+    rig_close(&r);
+}
+
+TEST(a_target_weighs_its_bag)
+{
+    double values[3][N + COLS];
+    for (int k = 0; k < 3; k++) {
+        rig r;
+        mil_real x[N];
+        double loss = 0;
+        for (int i = 0; i < N; i++) x[i] = (mil_real)grad_at(1, i);
+        const mil_tensor view = mil_tensor_matrix(x, MIL_REAL_DTYPE, ROWS, COLS);
+        const mil_bag bag = mil_bag_from(&view);
+        mil_target target = mil_target_class(0);
+        probe_open(&r, k == 2 ? "optimizer=sgd lr=0.3" : "optimizer=sgd lr=0.1");
+        CHECK(target.weight == 1 && mil_target_value(0.5).weight == 1);
+        if (k == 1) target.weight = 3;
+        CHECK(mil_trainer_step(r.trainer, &bag, &target, &loss, NULL) == MIL_OK);
+        values[k][0] = 0;
+        probe_values(&r, values[k]);
+        target.weight = 0;
+        CHECK(mil_trainer_step(r.trainer, &bag, &target, &loss, NULL) == MIL_ERROR_ARGUMENT);
+        CHECK_CONTAINS(mil_error(r.ctx), "weight is 0, not above 0; make targets by mil_target_class");
+        target.weight = NAN;
+        CHECK(mil_trainer_step(r.trainer, &bag, &target, &loss, NULL) == MIL_ERROR_ARGUMENT);
+        rig_close(&r);
+    }
+    for (int i = 0; i < N + COLS; i++) CHECK_NEAR(values[1][i], values[2][i], CLOSE);          // three times the loss, three times the step
+    CHECK(memcmp(values[0], values[1], sizeof values[0]) != 0);
+}
+
 // ---- failures ----
 TEST(a_loss_that_is_not_finite_updates_nothing)
 {
@@ -790,7 +855,8 @@ TEST(a_loss_that_is_not_finite_updates_nothing)
         bag.features = mil_tensor_matrix(x, MIL_REAL_DTYPE, ROWS, COLS);
         const mil_target target = mil_target_class(0);
         CHECK(mil_trainer_step(r.trainer, &bag, &target, &loss, NULL) == MIL_ERROR_NUMERIC);
-        CHECK_CONTAINS(mil_error(r.ctx), "the loss of call 3 is not finite");
+        CHECK_CONTAINS(mil_error(r.ctx), "row 1 of the features holds NaN or infinity");
+        CHECK(mil_trainer_evaluate(r.trainer, &bag, &target, &loss, NULL) == MIL_ERROR_NUMERIC);
     }
     CHECK(loss == 5);
     probe_values(&r, after);
@@ -943,7 +1009,8 @@ TEST(each_allocation_may_fail_and_the_step_be_tried_again)
     CHECK(total > 50);
 }
 
-TESTS(T(optimizers_equal_torch_after_twelve_steps) T(optimizers_equal_a_plain_loop_at_every_step) T(schedules_follow_their_formulas)
+TESTS(T(evaluating_gives_loss_and_logits_and_changes_nothing) T(a_target_weighs_its_bag)
+      T(optimizers_equal_torch_after_twelve_steps) T(optimizers_equal_a_plain_loop_at_every_step) T(schedules_follow_their_formulas)
       T(the_rate_can_be_scaled_on_the_way) T(the_average_with_warmup_follows_its_decay) T(the_gradient_norm_is_that_before_clipping)
       T(summed_gradients_are_the_mean_times_the_count) T(flush_divides_the_last_group_by_its_own_size)
       T(a_parameter_without_a_gradient_is_left_alone_and_counts_its_own_updates) T(a_frozen_parameter_stays_and_thaws)
