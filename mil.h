@@ -11606,7 +11606,7 @@ MILI_FN mil_status mili_parse_options(mil_context *ctx, const mil_option *table,
             const char *next = at;
             while (*next == ' ') next++;
             return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: %s is not key=value%s", what, mili_quote_n(start, (size_t)(at - start)).text,
-                             *next == '=' || at == start ? "; there may be no blanks around the =" : "");
+                             at != start && *next == '=' ? "; there may be no blanks around the =" : "");
         }
         memcpy(key, start, (size_t)(at - start));
         key[at - start] = 0;

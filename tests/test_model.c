@@ -49,7 +49,7 @@ static void refused(const char *name, const char *options, mil_status status, co
 TEST(unknown_names_are_answered_with_the_nearest)
 {
     begin();
-    refused("abmli", NULL, MIL_ERROR_UNKNOWN, "no model \"abmli\"; did you mean \"abmil\"?");
+    refused("abmli", NULL, MIL_ERROR_UNKNOWN, "no model \"abmli\"; did you mean \"abmil\"? One of your own needs mil_register first");
     refused("abmil.basis", NULL, MIL_ERROR_UNKNOWN, "model abmil has no config \"basis\"; did you mean \"base\"?");
     refused("abmil.base.conch_v2", NULL, MIL_ERROR_UNKNOWN, "no encoder \"conch_v2\"; did you mean \"conch_v1\"?");
     refused("abmil", "embed_dm=4", MIL_ERROR_UNKNOWN, "abmil: no option \"embed_dm\"; did you mean \"embed_dim\"?");
@@ -67,12 +67,13 @@ TEST(options_that_make_no_sense_are_refused)
     begin();
     refused("abmil", "gate=maybe", MIL_ERROR_ARGUMENT, "abmil: option gate=\"maybe\": expected true or false");
     refused("abmil", "embed_dim=big", MIL_ERROR_ARGUMENT, "abmil: option embed_dim=\"big\": expected a whole number (1..1000000)");
-    refused("abmil", "embed_dim=0", MIL_ERROR_ARGUMENT, "abmil: option embed_dim=\"0\": expected a whole number in its range (1..1000000)");
+    refused("abmil", "embed_dim=0", MIL_ERROR_ARGUMENT, "abmil: option embed_dim=\"0\": expected a whole number (1..1000000)");
     refused("abmil", "embed_dim=1.5", MIL_ERROR_ARGUMENT, "abmil: option embed_dim=\"1.5\": expected a whole number (1..1000000)");
-    refused("abmil", "dropout=1.5", MIL_ERROR_ARGUMENT, "abmil: option dropout=\"1.5\": expected a number in its range (0..1)");
+    refused("abmil", "dropout=1.5", MIL_ERROR_ARGUMENT, "abmil: option dropout=\"1.5\": expected a number (0..1)");
     refused("abmil", "dropout=nan", MIL_ERROR_ARGUMENT, "abmil: option dropout=\"nan\": expected a number (0..1)");
     refused("abmil", "dropout=", MIL_ERROR_ARGUMENT, "abmil: option dropout=\"\": expected a number (0..1)");
     refused("abmil", "gate", MIL_ERROR_ARGUMENT, "abmil: \"gate\" is not key=value");
+    refused("abmil", "num_classes = 3", MIL_ERROR_ARGUMENT, "abmil: \"num_classes\" is not key=value; there may be no blanks around the =");
     refused("abmil", "=3", MIL_ERROR_ARGUMENT, "abmil: \"\" is not key=value");
     refused("abmil.torchmil", "att_act=sin", MIL_ERROR_ARGUMENT, "abmil.torchmil: option att_act=\"sin\": expected tanh|relu|gelu");
     refused("abmil.torchmil", "feat_ext_sizes=[8,x]", MIL_ERROR_ARGUMENT, "abmil.torchmil: option feat_ext_sizes=\"[8,x]\": expected a list of whole numbers, [1,2], or null (1..1000000)");
@@ -586,7 +587,7 @@ TEST(a_users_model_is_made_saved_and_opened_like_any_other)
     refused("meanpool", NULL, MIL_ERROR_UNKNOWN, mil_create(ctx, "meanpool", NULL) ? "" : mil_error(ctx));     // not yet known
     CHECK(mil_register(ctx, &arch) == MIL_OK);
     CHECK(mil_register(ctx, NULL) == MIL_ERROR_ARGUMENT && mil_register(NULL, &arch) == MIL_ERROR_ARGUMENT);
-    refused("meanpoll", NULL, MIL_ERROR_UNKNOWN, "no model \"meanpoll\"; did you mean \"meanpool\"?");
+    refused("meanpoll", NULL, MIL_ERROR_UNKNOWN, "no model \"meanpoll\"; did you mean \"meanpool\"? One of your own needs mil_register first");
     refused("meanpool", "num_classes=13", MIL_ERROR_ARGUMENT, "meanpool.base.uni.none: 13 classes bring bad luck");
     mil_model *m = mil_create(ctx, "meanpool.four.conch_v1", "in_dim=6");
     CHECK(mil_model_parameter_count(m) == 4 * 6 + 4 && mil_model_num_classes(m) == 4 && mil_model_param_count(m) == 3);
@@ -610,6 +611,54 @@ TEST(a_users_model_is_made_saved_and_opened_like_any_other)
     mil_context_free(ctx);
     ctx = memory_context(&mem, 1, NULL);
     CHECK(mil_open_memory(ctx, file, file_size) == NULL && mil_error_status(ctx) == MIL_ERROR_UNKNOWN);        // another context does not know it
+    end();
+}
+
+TEST(what_cannot_be_registered_is_refused)
+{
+    const mil_architecture arch = mean_architecture();
+    mil_architecture other = arch;
+    const mil_config more[] = { { "large", "in_dim=2048" } }, theirs[] = { { "mine", "" }, { "base", "" } };
+    begin();
+    CHECK(mil_register(ctx, &arch) == MIL_OK);
+    CHECK(mil_register(ctx, &arch) == MIL_ERROR_ARGUMENT);
+    CHECK_STRING(mil_error(ctx), "mil_register: there is a model meanpool.base already");
+    other.configs = more;                                  // more configs of a model are welcome
+    other.config_count = 1;
+    CHECK(mil_register(ctx, &other) == MIL_OK);
+    mil_architecture abmil = arch;
+    abmil.name = "abmil";
+    abmil.configs = theirs;
+    CHECK(mil_register(ctx, &abmil) == MIL_ERROR_ARGUMENT);
+    CHECK_STRING(mil_error(ctx), "mil_register: there is a model abmil.base already");
+    mil_architecture narrow = arch;
+    narrow.name = "narrow";
+    narrow.options = mean_options + 1;
+    narrow.option_count = 1;
+    CHECK(mil_register(ctx, &narrow) == MIL_ERROR_ARGUMENT);
+    CHECK_CONTAINS(mil_error(ctx), "narrow has no option in_dim");
+    mil_context_free(ctx);
+    CHECK(mem.bytes == 0);
+}
+
+TEST(a_bag_without_instances_is_named_in_its_own_shape)
+{
+    static mil_real x[6];
+    mil_tape *tape = NULL;
+    mil_outputs out;
+    begin();
+    mil_model *m = mil_create(ctx, "abmil", SMALL);
+    const mil_tensor none = mil_tensor_matrix(x, MIL_REAL_DTYPE, 0, 6);
+    mil_bag bag = mil_bag_from(&none);
+    CHECK(mil_tape_create(ctx, &tape) == MIL_OK);
+    CHECK(mil_model_record(tape, m, &bag, NULL, &out) == MIL_ERROR_ARGUMENT);
+    CHECK_CONTAINS(mil_error(ctx), "features [0, 6] hold no instance");
+    bag = mil_bag_from(NULL);
+    mil_tape_reset(tape);
+    CHECK(mil_model_record(tape, m, &bag, NULL, &out) == MIL_ERROR_ARGUMENT);
+    CHECK_CONTAINS(mil_error(ctx), "with data");
+    mil_tape_free(tape);
+    mil_model_free(m);
     end();
 }
 
@@ -701,5 +750,7 @@ TESTS(
     T(class_names_and_metadata_are_checked)
     T(reserved_metadata_keys_are_refused)
     T(a_users_model_is_made_saved_and_opened_like_any_other)
+    T(what_cannot_be_registered_is_refused)
+    T(a_bag_without_instances_is_named_in_its_own_shape)
     T(each_failing_allocation_is_an_error_without_a_leak_or_a_change)
 )

@@ -818,7 +818,7 @@ TEST(a_target_weighs_its_bag)
         const mil_tensor view = mil_tensor_matrix(x, MIL_REAL_DTYPE, ROWS, COLS);
         const mil_bag bag = mil_bag_from(&view);
         mil_target target = mil_target_class(0);
-        probe_open(&r, k == 2 ? "optimizer=sgd lr=0.3" : "optimizer=sgd lr=0.1");
+        probe_open(&r, k == 2 ? "optimizer=sgd weight_decay=0 lr=0.3" : "optimizer=sgd weight_decay=0 lr=0.1");
         CHECK(target.weight == 1 && mil_target_value(0.5).weight == 1);
         if (k == 1) target.weight = 3;
         CHECK(mil_trainer_step(r.trainer, &bag, &target, &loss, NULL) == MIL_OK);
