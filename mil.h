@@ -445,6 +445,8 @@ MIL_API mil_node *mil_identity_minus(mil_node *x, double a);           // a I - 
 // Depth-wise convolutions (cross-correlations) with zeros outside; the result has x's shape. Filter g of G serves C / G
 // channels: G = C gives each channel its own. bias [G] or NULL.
 MIL_API mil_node *mil_conv_grid(mil_node *x, mil_node *weight, mil_node *bias);      // x [B, H, W, C], weight [G, 1, kh, kw], centred at kh / 2, kw / 2
+// The same on tokens x [B, skip + H W, C], W = width, whose first `skip` are no part of the grid: the result is 0 there.
+MIL_API mil_node *mil_conv_tokens(mil_node *x, mil_node *weight, mil_node *bias, int64_t skip, int64_t width);
 // y[t] = bias + sum_j weight[j] x[t + j - before] along the rows: k / 2 is centred, k - 1 causal.  x [B, N, C], weight [G, 1, k] (or [G, 1, k, 1])
 MIL_API mil_node *mil_conv_rows(mil_node *x, mil_node *weight, mil_node *bias, int64_t before);
 // The same along the rows of maps [.., G, N, M], filter g for all of map g (EPEG on attention scores).
@@ -574,11 +576,11 @@ MIL_API mil_node *mil_nystrom_weights(const mil_nystrom_layer *layer, const mil_
 // matrices (per_matrix 0) or each matrix's own.
 MIL_API mil_node *mil_pseudo_inverse(mil_node *a, int64_t iterations, int per_matrix);
 
-// Positions by convolution: y = x + sum_i conv_i(x) on a grid x [B, H, W, C], depth-wise, k_i x k_i, with bias. PPEG (TransMIL): 7, 5, 3;
-// PEG: one. Keys `key.proj`, `key.proj1`, `key.proj2`: weight [C, 1, k, k], bias [C]. The kernels are folded into one.
+// Positions by convolution: y = x + sum_i conv_i(x), depth-wise, k_i x k_i, with bias, on tokens x [B, skip + H W, C] that make a
+// grid of that width; the first `skip` (a class token) pass by. PPEG (TransMIL): kernels 7, 5, 3; PEG: one. Keys `key.proj`, `key.proj1`, `key.proj2`: weight [C, 1, k, k], bias [C]. The kernels are folded into one.
 typedef struct mil_ppeg_layer { mil_param *weight[3], *bias[3]; int count; } mil_ppeg_layer;
 MIL_API mil_ppeg_layer mil_declare_ppeg(mil_builder *b, int64_t width, const int64_t *kernels, int count, mil_linear_init init, const char *key, ...) MIL_PRINTF(6, 7);
-MIL_API mil_node *mil_ppeg_forward(const mil_ppeg_layer *layer, mil_node *x);
+MIL_API mil_node *mil_ppeg_forward(const mil_ppeg_layer *layer, mil_node *x, int64_t skip, int64_t width);
 
 // Tokens as square regions. L rows, and zero rows behind them up to side^2, make a grid of side x side tokens, cut into squares of
 // `region` x `region`: [B, L, E] -> [B R, region^2, E], R = (side / region)^2, regions and tokens row by row; and back to the first L rows.
@@ -7186,8 +7188,10 @@ MIL_DEF mil_node *mil_dropout(mil_node *x, double rate, const char *name)
 //   o[i] = sum_j p[i,j] v[j],   p[i,:] = softmax over j of scale <q[i], k[j]>
 // Tile by tile: `queries` rows against `keys` columns, with a running maximum (Milakov and Gimelshein 2018; Dao, Fu, Ermon,
 // Rudra, Re 2022), so that no [N, M] matrix exists. The second result is the log-sum-exp per query and head; from it the
-// gradients get each tile of p back. A task is one tile of queries (or keys) of one head, so bits do not depend on threads.
-// With few keys it is row-wise in the queries, which then need not exist whole.
+// gradients get each tile of p back. How it is cut depends on the sizes alone, so that bits do not depend on threads:
+//   few keys:                  row-wise in the queries, which need not exist whole
+//   few queries, many keys:    a reduction over the keys, which need not exist whole
+//   otherwise:                 a task is a tile of queries of one head, whose keys and values stay in cache
 #define MILI_ATTENTION_QUERIES 128
 #define MILI_ATTENTION_KEYS 256
 #define MILI_ATTENTION_FEW 512
@@ -7197,7 +7201,7 @@ typedef struct mili_attention {
     const mili_kernels *K;
     const mil_node *node;
     int64_t B, N, M, H, d, e, keys;                        // keys: of a tile
-    int64_t first;                                         // the row of [B * N] at which row-wise inputs begin
+    int64_t first, first_key;                              // the row of [B * N], of [B * M], at which row-wise inputs begin
     int64_t null_keys;                                     // so many further keys of score 0 and value 0
     mil_real scale;
     double rate;
@@ -7205,6 +7209,11 @@ typedef struct mili_attention {
     const mil_real *packed;                                // k and v of each batch and head as GEMM's B, or NULL
     const mil_real *out, *dy, *lse;                        // gradients: [B,N,H e] [B,N,H e] [B,N,H]
 } mili_attention;
+
+MILI_FN int64_t mili_attention_key_tile(const mil_node *n)
+{
+    return n->kind == MIL_KIND_ROWS && n->row_inputs & 1 ? n->input[1]->shape[1] : MILI_ATTENTION_KEYS;
+}
 
 MILI_FN mili_attention mili_attention_open(const mil_exec *x)
 {
@@ -7219,8 +7228,9 @@ MILI_FN mili_attention mili_attention_open(const mil_exec *x)
     a.M = k->shape[1];
     a.d = a.H ? q->shape[2] / a.H : 0;
     a.e = a.H ? v->shape[2] / a.H : 0;
-    a.keys = n->kind == MIL_KIND_ROWS ? a.M : (int64_t)MILI_ATTENTION_KEYS;
-    a.first = n->kind == MIL_KIND_ROWS ? x->row : 0;
+    a.keys = mili_attention_key_tile(n);
+    a.first = n->row_inputs & 1 ? x->row : 0;
+    a.first_key = n->row_inputs & 2 ? x->row : 0;
     a.null_keys = n->i[1];
     a.scale = (mil_real)n->r[0];
     a.rate = n->r[1];
@@ -7238,7 +7248,7 @@ typedef struct mili_attention_scratch { mil_real *gemm, *q, *s, *t, *o, *top, *s
 MILI_FN int64_t mili_attention_scratch_reals(const mil_node *n)
 {
     const int64_t d = n->input[0]->shape[2], e = n->input[2]->shape[2];        // bounds of one head's width
-    const int64_t keys = n->kind == MIL_KIND_ROWS ? n->input[1]->shape[1] : (int64_t)MILI_ATTENTION_KEYS;
+    const int64_t keys = mili_attention_key_tile(n);
     return MILI_GEMM_BLOCK + MILI_ATTENTION_QUERIES * (d / n->i[0] + 2 * keys + MILI_MAX(d, e) / n->i[0] + 2);
 }
 MILI_FN size_t mili_attention_scratch_bytes(const mil_node *n) { return (size_t)mili_attention_scratch_reals(n) * sizeof(mil_real); }
@@ -7279,10 +7289,14 @@ MILI_FN void mili_product(const mili_kernels *K, int64_t m, int64_t n, int64_t k
     mili_gemm_run(K, &g);
 }
 
-// Row i of batch b in a row-wise input of `width` columns.
+// Row i of batch b among the queries (or their results), row j among the keys (or values), of `width` columns.
 MILI_FN const mil_real *mili_attention_row(const mili_attention *a, const mil_real *x, int64_t b, int64_t i, int64_t width)
 {
     return x + (b * a->N + i - a->first) * width;
+}
+MILI_FN const mil_real *mili_attention_key(const mili_attention *a, const mil_real *x, int64_t b, int64_t j, int64_t width)
+{
+    return x + (b * a->M + j - a->first_key) * width;
 }
 
 MILI_FN void mili_attention_queries(const mili_attention *a, int64_t b, int64_t h, int64_t i0, int64_t count, mil_real *dst)
@@ -7297,10 +7311,11 @@ MILI_FN void mili_attention_scores(const mili_attention *a, int64_t b, int64_t h
                                    const mil_real *packed, mil_real *s, mil_real *scratch)
 {
     const int64_t width = a->H * a->d;
-    mili_product(a->K, count, keys, a->d, q, a->d, 1, a->k + (b * a->M + j0) * width + h * a->d, 1, width, packed, s, keys, 0, scratch);
-    if (!a->mask) return;
-    for (int64_t j = 0; j < keys; j++)
-        if (a->mask[b * a->M + j0 + j] == 0) for (int64_t r = 0; r < count; r++) s[r * keys + j] = -MILI_INF;
+    const mil_real *k = mili_attention_key(a, a->k, b, j0, width) + h * a->d, *mask = a->mask ? mili_attention_key(a, a->mask, b, j0, 1) : NULL;
+    if (count == 1) mili_product(a->K, keys, 1, a->d, k, width, 1, q, 1, a->d, NULL, s, 1, 0, scratch);       // keys as they stand
+    else mili_product(a->K, count, keys, a->d, q, a->d, 1, k, 1, width, packed, s, keys, 0, scratch);
+    for (int64_t j = 0; mask && j < keys; j++)
+        if (mask[j] == 0) for (int64_t r = 0; r < count; r++) s[r * keys + j] = -MILI_INF;
 }
 
 // Dropout on a tile of p (or of its gradient): element (b, h, i, j) is kept by a draw of its own, made again wherever it is
@@ -7326,51 +7341,67 @@ MILI_FN void mili_attention_drop(const mili_attention *a, int64_t b, int64_t h, 
     }
 }
 
+// Takes keys j0 .. j0 + keys - 1 into the running softmax of queries i0 .. i0 + count - 1 (scaled, in q): per query the maximum,
+// the sum of exp(s - maximum), and o [count, e], the sum of exp(s - maximum) v.
+MILI_FN void mili_attention_absorb(const mili_attention *a, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t j0, int64_t keys, const mil_real *packed_k,
+                                   const mil_real *packed_v, mil_real *top, mil_real *sum, mil_real *o, const mili_attention_scratch *t)
+{
+    const mili_kernels *K = a->K;
+    const int64_t width = a->H * a->e;
+    mili_attention_scores(a, b, h, t->q, count, j0, keys, packed_k, t->s, t->gemm);
+    for (int64_t r = 0; r < count; r++) {
+        mil_real *s = t->s + r * keys;
+        const mil_real m = K->max(s, keys);
+        if (mili_is_low(m)) {                              // nothing but masked keys
+            memset(s, 0, (size_t)keys * sizeof *s);
+            continue;
+        }
+        if (mili_is_nan(m) || m > top[r]) {
+            const mil_real factor = mili_is_low(top[r]) ? 0 : mili_exp(top[r] - m);
+            if (sum[r] != 0) K->scale(o + r * a->e, o + r * a->e, factor, 0, a->e);
+            sum[r] *= factor;
+            top[r] = m;
+        }
+        sum[r] += K->exp_sum(s, s, keys, top[r]);
+    }
+    if (a->rate > 0) mili_attention_drop(a, b, h, i0, count, j0, keys, t->s);
+    mili_product(K, count, a->e, keys, t->s, keys, 1, mili_attention_key(a, a->v, b, j0, width) + h * a->e, width, 1, packed_v, o, a->e, 1, t->gemm);
+}
+
+// After the last key: null keys, then out and lse of one query.
+MILI_FN void mili_attention_close(const mili_attention *a, mil_real top, mil_real sum, const mil_real *o, mil_real *out, mil_real *lse)
+{
+    mil_real factor = 1;
+    if (a->null_keys) {
+        const mil_real m = top > 0 || mili_is_nan(top) ? top : 0;
+        factor = mili_is_low(top) ? 0 : mili_exp(top - m);
+        sum = sum * factor + (mil_real)a->null_keys * mili_exp(-m);
+        top = m;
+    }
+    const int empty = mili_is_low(top);
+    if (out) a->K->scale(out, o, empty ? 0 : factor / sum, 0, a->e);
+    if (lse) *lse = empty ? top : top + mili_log(sum);
+}
+
 // Queries i0 .. i0 + count - 1 of one head: out [count, e] and lse [count], rows out_row and lse_row apart.
 MILI_FN void mili_attention_tile(const mili_attention *a, int64_t b, int64_t h, int64_t i0, int64_t count, mil_real *out, int64_t out_row,
                                  mil_real *lse, int64_t lse_row, void *scratch)
 {
-    const mili_kernels *K = a->K;
     const mili_attention_scratch t = mili_attention_carve(a, scratch);
-    const int64_t width = a->H * a->e;
     const mil_real *pk = NULL, *pv = NULL;
     if (a->packed) {
-        const int64_t size_k = mili_gemm_packed_count(K, a->M, a->d), size_v = mili_gemm_packed_count(K, a->e, a->M);
+        const int64_t size_k = mili_gemm_packed_count(a->K, a->M, a->d), size_v = mili_gemm_packed_count(a->K, a->e, a->M);
         pk = a->packed + (b * a->H + h) * (size_k + size_v);
         pv = pk + size_k;
     }
     mili_attention_queries(a, b, h, i0, count, t.q);
     for (int64_t r = 0; r < count; r++) {
-        t.top[r] = a->null_keys ? 0 : -MILI_INF;
-        t.sum[r] = (mil_real)a->null_keys;
+        t.top[r] = -MILI_INF;
+        t.sum[r] = 0;
     }
     memset(t.o, 0, (size_t)(count * a->e) * sizeof *t.o);
-    for (int64_t j0 = 0; j0 < a->M; j0 += a->keys) {
-        const int64_t keys = MILI_MIN(a->keys, a->M - j0);
-        mili_attention_scores(a, b, h, t.q, count, j0, keys, pk, t.s, t.gemm);
-        for (int64_t r = 0; r < count; r++) {
-            mil_real *s = t.s + r * keys;
-            const mil_real m = K->max(s, keys);
-            if (mili_is_low(m)) {                          // nothing but masked keys
-                memset(s, 0, (size_t)keys * sizeof *s);
-                continue;
-            }
-            if (mili_is_nan(m) || m > t.top[r]) {
-                const mil_real factor = mili_is_low(t.top[r]) ? 0 : mili_exp(t.top[r] - m);
-                t.sum[r] *= factor;
-                if (j0 > 0) K->scale(t.o + r * a->e, t.o + r * a->e, factor, 0, a->e);
-                t.top[r] = m;
-            }
-            t.sum[r] += K->exp_sum(s, s, keys, t.top[r]);
-        }
-        if (a->rate > 0) mili_attention_drop(a, b, h, i0, count, j0, keys, t.s);
-        mili_product(K, count, a->e, keys, t.s, keys, 1, a->v + (b * a->M + j0) * width + h * a->e, width, 1, pv, t.o, a->e, 1, t.gemm);
-    }
-    for (int64_t r = 0; r < count; r++) {
-        const int empty = mili_is_low(t.top[r]);
-        if (out) K->scale(out + r * out_row, t.o + r * a->e, empty ? 0 : 1 / t.sum[r], 0, a->e);
-        if (lse) lse[r * lse_row] = empty ? t.top[r] : t.top[r] + mili_log(t.sum[r]);
-    }
+    for (int64_t j0 = 0; j0 < a->M; j0 += a->keys) mili_attention_absorb(a, b, h, i0, count, j0, MILI_MIN(a->keys, a->M - j0), pk, pv, t.top, t.sum, t.o, &t);
+    for (int64_t r = 0; r < count; r++) mili_attention_close(a, t.top[r], t.sum[r], t.o + r * a->e, out + r * out_row, lse ? lse + r * lse_row : NULL);
 }
 
 typedef struct mili_attention_job { const mil_exec *x; mili_attention a; int64_t tiles; } mili_attention_job;
@@ -7380,7 +7411,7 @@ MILI_FN void mili_attention_task(void *arg, int64_t index, void *scratch)
     const mili_attention_job *job = (const mili_attention_job *)arg;
     const mili_attention *a = &job->a;
     const int64_t tile = index % job->tiles, head = index / job->tiles, b = head / a->H, h = head % a->H;
-    const int64_t i0 = tile * MILI_ATTENTION_QUERIES, count = MILI_MIN((int64_t)MILI_ATTENTION_QUERIES, a->N - i0), row = b * a->N + i0;
+    const int64_t i0 = tile * MILI_ATTENTION_QUERIES, count = MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0), row = b * a->N + i0;
     mil_real *lse = (mil_real *)job->x->second;
     mili_attention_tile(a, b, h, i0, count, MILI_OUT(job->x) + row * a->H * a->e + h * a->e, a->H * a->e, lse ? lse + row * a->H + h : NULL, a->H, scratch);
 }
@@ -7391,7 +7422,7 @@ MILI_FN void mili_attention_rows(const mil_exec *x, const mili_attention *a,
 {
     for (int64_t at = 0; at < x->rows;) {
         const int64_t row = x->row + at, b = row / a->N, i0 = row % a->N;
-        const int64_t count = MILI_MIN(MILI_MIN((int64_t)MILI_ATTENTION_QUERIES, a->N - i0), x->rows - at);
+        const int64_t count = MILI_MIN(MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0), x->rows - at);
         tile(x, a, b, i0, count, at);
         at += count;
     }
@@ -7444,6 +7475,71 @@ MILI_FN void mili_attention_prepare(const mil_exec *x)
     mil_exec_parallel(x, job.a.B * job.a.H, mili_attention_pack_task, &job);
 }
 
+// As a reduction over the keys of one bag. State: top [H, N], sum [H, N], o [H, N, e].
+typedef struct mili_attention_state { mil_real *top, *sum, *o; } mili_attention_state;
+
+MILI_FN size_t mili_attention_state_bytes(const mil_node *n) { return (size_t)(n->count + 2 * n->shape[1] * n->i[0]) * sizeof(mil_real); }
+
+MILI_FN mili_attention_state mili_attention_state_at(const mil_node *n, const void *state)
+{
+    union { const void *c; void *m; } u;
+    mili_attention_state s;
+    u.c = state;
+    s.top = (mil_real *)u.m;
+    s.sum = s.top + n->shape[1] * n->i[0];
+    s.o = s.sum + n->shape[1] * n->i[0];
+    return s;
+}
+
+MILI_FN void mili_attention_begin(const mil_exec *x)
+{
+    const mili_attention_state s = mili_attention_state_at(x->node, x->state);
+    memset(x->state, 0, mili_attention_state_bytes(x->node));
+    for (int64_t r = 0; r < x->node->shape[1] * x->node->i[0]; r++) s.top[r] = -MILI_INF;
+}
+
+MILI_FN void mili_attention_step(const mil_exec *x)
+{
+    const mili_attention a = mili_attention_open(x);
+    const mili_attention_state s = mili_attention_state_at(x->node, x->state);
+    const mili_attention_scratch t = mili_attention_carve(&a, x->scratch);
+    for (int64_t h = 0; h < a.H; h++)
+        for (int64_t i0 = 0; i0 < a.N; i0 += MILI_ATTENTION_QUERIES) {
+            const int64_t count = MILI_MIN(MILI_ATTENTION_QUERIES, a.N - i0), at = h * a.N + i0;
+            mili_attention_queries(&a, 0, h, i0, count, t.q);
+            for (int64_t j0 = 0; j0 < x->rows; j0 += a.keys)
+                mili_attention_absorb(&a, 0, h, i0, count, x->row + j0, MILI_MIN(a.keys, x->rows - j0), NULL, NULL, s.top + at, s.sum + at, s.o + at * a.e, &t);
+        }
+}
+
+MILI_FN void mili_attention_merge(const mil_exec *x, void *into, const void *from)
+{
+    const mil_node *n = x->node;
+    const mili_attention_state s = mili_attention_state_at(n, into), f = mili_attention_state_at(n, from);
+    const int64_t queries = n->shape[1] * n->i[0], e = queries ? n->count / queries : 0;
+    for (int64_t r = 0; r < queries; r++) {
+        if (mili_is_low(f.top[r])) continue;
+        const mil_real m = mili_is_nan(f.top[r]) || f.top[r] > s.top[r] ? f.top[r] : s.top[r];
+        const mil_real old = mili_is_low(s.top[r]) ? 0 : mili_exp(s.top[r] - m), added = mili_exp(f.top[r] - m);
+        s.top[r] = m;
+        s.sum[r] = s.sum[r] * old + f.sum[r] * added;
+        MILI_K(x)->scale(s.o + r * e, s.o + r * e, old, 0, e);
+        MILI_K(x)->axpy(s.o + r * e, added, f.o + r * e, e);
+    }
+}
+
+MILI_FN void mili_attention_finish(const mil_exec *x)
+{
+    const mili_attention a = mili_attention_open(x);
+    const mili_attention_state s = mili_attention_state_at(x->node, x->state);
+    mil_real *lse = (mil_real *)x->second;
+    for (int64_t h = 0; h < a.H; h++)
+        for (int64_t i = 0; i < a.N; i++) {
+            const int64_t at = h * a.N + i;
+            mili_attention_close(&a, s.top[at], s.sum[at], s.o + at * a.e, MILI_OUT(x) + i * a.H * a.e + h * a.e, lse ? lse + i * a.H + h : NULL);
+        }
+}
+
 #ifndef MIL_NO_TRAINING
 // With p recomputed from the log-sum-exp, D[i] = <dy[i], o[i]> and keep the dropout's mask / (1 - rate):
 //   dv = (p keep)^T dy,   ds = p (keep (dy v^T) - D),   dq = scale ds k,   dk = scale ds^T q
@@ -7455,7 +7551,7 @@ MILI_FN void mili_attention_tile_grad(const mili_attention *a, int64_t b, int64_
     const mil_real *dy = mili_attention_row(a, a->dy, b, i0, width) + h * a->e, *out = mili_attention_row(a, a->out, b, i0, width) + h * a->e;
     const mil_real *lse = mili_attention_row(a, a->lse, b, i0, a->H) + h;
     mili_attention_scores(a, b, h, t->q, count, j0, keys, NULL, t->s, t->gemm);
-    mili_product(K, count, keys, a->e, dy, width, 1, a->v + (b * a->M + j0) * width + h * a->e, 1, width, NULL, t->t, keys, 0, t->gemm);
+    mili_product(K, count, keys, a->e, dy, width, 1, mili_attention_key(a, a->v, b, j0, width) + h * a->e, 1, width, NULL, t->t, keys, 0, t->gemm);
     if (a->rate > 0) mili_attention_drop(a, b, h, i0, count, j0, keys, t->t);
     for (int64_t r = 0; r < count; r++) {
         mil_real *p = t->s + r * keys, *ds = t->t + r * keys;
@@ -7485,7 +7581,7 @@ MILI_FN void mili_attention_dq_tile(const mili_attention *a, int64_t b, int64_t 
     for (int64_t j0 = 0; j0 < a->M; j0 += a->keys) {
         const int64_t keys = MILI_MIN(a->keys, a->M - j0);
         mili_attention_tile_grad(a, b, h, i0, count, j0, keys, &t);
-        mili_product(a->K, count, a->d, keys, t.t, keys, 1, a->k + (b * a->M + j0) * width + h * a->d, width, 1, NULL, t.o, a->d, 1, t.gemm);
+        mili_product(a->K, count, a->d, keys, t.t, keys, 1, mili_attention_key(a, a->k, b, j0, width) + h * a->d, width, 1, NULL, t.o, a->d, 1, t.gemm);
     }
     for (int64_t r = 0; r < count; r++) a->K->scale(dq + r * width, t.o + r * a->d, a->scale, 0, a->d);
 }
@@ -7500,7 +7596,7 @@ MILI_FN void mili_attention_dq_task(void *arg, int64_t index, void *scratch)
     const mili_attention_job *job = (const mili_attention_job *)arg;
     const mili_attention *a = &job->a;
     const int64_t tile = index % job->tiles, head = index / job->tiles, b = head / a->H, h = head % a->H, i0 = tile * MILI_ATTENTION_QUERIES;
-    mili_attention_dq_tile(a, b, h, i0, MILI_MIN((int64_t)MILI_ATTENTION_QUERIES, a->N - i0), MILI_OUT(job->x) + (b * a->N + i0) * a->H * a->d + h * a->d, scratch);
+    mili_attention_dq_tile(a, b, h, i0, MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0), MILI_OUT(job->x) + (b * a->N + i0) * a->H * a->d + h * a->d, scratch);
 }
 
 MILI_FN void mili_attention_dq_run(const mil_exec *x)
@@ -7513,22 +7609,17 @@ MILI_FN void mili_attention_dq_run(const mil_exec *x)
     else mil_exec_parallel(x, job.a.B * job.a.H * job.tiles, mili_attention_dq_task, &job);
 }
 
-// dk, and dv as the second result, of one tile of keys: all queries in order.
-MILI_FN void mili_attention_dkv_task(void *arg, int64_t index, void *scratch)
+// dk and dv (NULL: not wanted) of one tile of keys: all queries in order.
+MILI_FN void mili_attention_dkv_tile(const mili_attention *a, int64_t b, int64_t h, int64_t j0, int64_t keys, mil_real *dk, mil_real *dv, void *scratch)
 {
-    const mili_attention_job *job = (const mili_attention_job *)arg;
-    const mili_attention *a = &job->a;
     const mili_attention_scratch t = mili_attention_carve(a, scratch);
-    const int64_t tile = index % job->tiles, head = index / job->tiles, b = head / a->H, h = head % a->H;
-    const int64_t j0 = tile * a->keys, keys = MILI_MIN(a->keys, a->M - j0), wk = a->H * a->d, wv = a->H * a->e;
-    mil_real *dk = MILI_OUT(job->x) + (b * a->M + j0) * wk + h * a->d, *dv = (mil_real *)job->x->second;
-    if (dv) dv += (b * a->M + j0) * wv + h * a->e;
+    const int64_t wk = a->H * a->d, wv = a->H * a->e;
     for (int64_t j = 0; j < keys; j++) {
         memset(dk + j * wk, 0, (size_t)a->d * sizeof *dk);
         if (dv) memset(dv + j * wv, 0, (size_t)a->e * sizeof *dv);
     }
     for (int64_t i0 = 0; i0 < a->N; i0 += MILI_ATTENTION_QUERIES) {
-        const int64_t count = MILI_MIN((int64_t)MILI_ATTENTION_QUERIES, a->N - i0);
+        const int64_t count = MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0);
         mili_attention_queries(a, b, h, i0, count, t.q);
         mili_attention_tile_grad(a, b, h, i0, count, j0, keys, &t);
         mili_product(a->K, keys, a->d, count, t.t, 1, keys, t.q, a->d, 1, NULL, dk, wk, 1, t.gemm);
@@ -7538,11 +7629,30 @@ MILI_FN void mili_attention_dkv_task(void *arg, int64_t index, void *scratch)
     }
 }
 
+MILI_FN void mili_attention_dkv_task(void *arg, int64_t index, void *scratch)
+{
+    const mili_attention_job *job = (const mili_attention_job *)arg;
+    const mili_attention *a = &job->a;
+    const int64_t tile = index % job->tiles, head = index / job->tiles, b = head / a->H, h = head % a->H, j0 = tile * a->keys, row = b * a->M + j0;
+    mil_real *dv = (mil_real *)job->x->second;
+    mili_attention_dkv_tile(a, b, h, j0, MILI_MIN(a->keys, a->M - j0), MILI_OUT(job->x) + row * a->H * a->d + h * a->d,
+                            dv ? dv + row * a->H * a->e + h * a->e : NULL, scratch);
+}
+
 MILI_FN void mili_attention_dkv_run(const mil_exec *x)
 {
     mili_attention_job job;
     job.x = x;
     job.a = mili_attention_open_grad(x);
+    if (x->node->kind == MIL_KIND_ROWS) {                  // of one bag
+        const mili_attention *a = &job.a;
+        mil_real *dv = (mil_real *)x->second;
+        for (int64_t at = 0; at < x->rows; at += a->keys)
+            for (int64_t h = 0; h < a->H; h++)
+                mili_attention_dkv_tile(a, 0, h, x->row + at, MILI_MIN(a->keys, x->rows - at), MILI_OUT(x) + at * a->H * a->d + h * a->d,
+                                        dv ? dv + at * a->H * a->e + h * a->e : NULL, x->scratch);
+        return;
+    }
     job.tiles = (job.a.M + job.a.keys - 1) / job.a.keys;
     mil_exec_parallel(x, job.a.B * job.a.H * job.tiles, mili_attention_dkv_task, &job);
 }
@@ -7553,7 +7663,8 @@ static const mil_op mili_op_attention_dkv = { "gradient of attention by k and v"
 MILI_FN void mili_attention_grad(mil_node *n, mil_node *dy)
 {
     mil_node *q = n->input[0], *k = n->input[1], *v = n->input[2];
-    mil_spec s = mil_spec_make(&mili_op_attention_dq, n->kind, 3, q->shape);
+    const int over_keys = n->kind == MIL_KIND_REDUCE;
+    mil_spec s = mil_spec_make(&mili_op_attention_dq, over_keys ? MIL_KIND_WHOLE : n->kind, 3, q->shape);
     s.input_count = 6;
     for (int i = 0; i < 3; i++) s.input[i] = n->input[i];
     s.input[3] = n;
@@ -7566,12 +7677,12 @@ MILI_FN void mili_attention_grad(mil_node *n, mil_node *dy)
             s.i[i] = s.input_count;
             s.input[s.input_count++] = n->input[n->i[i]];
         }
-    s.row_inputs = n->kind == MIL_KIND_ROWS ? 1u | 7u << 3 : 0;
+    s.row_inputs = n->kind == MIL_KIND_ROWS ? 1u | 7u << 3 : 0;        // queries, results
     if (mil_wants_grad(q)) mil_add_grad(q, mil_record(n->tape, &s));
     if (!mil_wants_grad(k) && !mil_wants_grad(v)) return;
     s.op = &mili_op_attention_dkv;
-    s.kind = MIL_KIND_WHOLE;
-    s.row_inputs = 0;
+    s.kind = over_keys ? MIL_KIND_ROWS : MIL_KIND_WHOLE;
+    s.row_inputs = over_keys ? 6u | (s.i[2] ? 1u << s.i[2] : 0) : 0;         // keys, values, their mask
     for (int a = 0; a < 3; a++) s.shape[a] = k->shape[a];
     mil_node *dk = mil_record(n->tape, &s), *dv = mil_node_second(dk, MIL_REAL_DTYPE, 3, v->shape);
     mil_add_grad(k, dk);
@@ -7580,6 +7691,9 @@ MILI_FN void mili_attention_grad(mil_node *n, mil_node *dy)
 #endif
 static const mil_op mili_op_attention = { "attention", mili_attention_run, NULL, NULL, NULL, NULL, NULL, mili_attention_scratch_bytes, mili_attention_prepare_bytes,
                                           mili_attention_prepare, MILI_GRAD(mili_attention_grad), 0 };
+
+static const mil_op mili_op_attention_keys = { "attention", NULL, mili_attention_state_bytes, mili_attention_begin, mili_attention_step, mili_attention_merge,
+                                               mili_attention_finish, mili_attention_scratch_bytes, NULL, NULL, MILI_GRAD(mili_attention_grad), 0 };
 
 // q [B, N, H d], k [B, M, H d] (and v [B, M, H e]), mask [B, M]: NULL, or what does not fit.
 MILI_FN const char *mili_attention_misfit(const mil_node *q, const mil_node *k, const mil_node *v, const mil_node *mask, int64_t heads)
@@ -7604,18 +7718,23 @@ MILI_FN mil_node *mili_attention_record(mil_node *q, mil_node *k, mil_node *v, i
     if (!misfit && null_keys < 0) misfit = "null_keys is negative";
     if (misfit) return mil_tape_fail(tape, MIL_ERROR_SHAPE, "attention: q %s, k %s, v %s, %lld heads: %s", MILI_SHAPE(q), MILI_SHAPE(k), MILI_SHAPE(v), (long long)heads, misfit);
     if (!(dropout >= 0 && dropout < 1)) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "attention: the rate %g is not in [0, 1)", dropout);
-    const int64_t M = k->shape[1];
-    mil_spec s = mil_spec_make(&mili_op_attention, M <= MILI_ATTENTION_FEW ? MIL_KIND_ROWS : MIL_KIND_WHOLE, 3, q->shape);
+    const int64_t N = q->shape[1], M = k->shape[1];
+    const int over_keys = M > MILI_ATTENTION_FEW && N <= MILI_ATTENTION_FEW && q->shape[0] == 1;
+    const int by_rows = M <= MILI_ATTENTION_FEW;
+    mil_spec s = mil_spec_make(over_keys ? &mili_op_attention_keys : &mili_op_attention, over_keys ? MIL_KIND_REDUCE : by_rows ? MIL_KIND_ROWS : MIL_KIND_WHOLE, 3, q->shape);
     s.shape[2] = v->shape[2];
+    s.outer = 1;
+    s.rows = M;
     s.input_count = 3;
     s.input[0] = q;
     s.input[1] = k;
     s.input[2] = v;
-    s.row_inputs = s.kind == MIL_KIND_ROWS;
+    s.row_inputs = over_keys ? 6 : s.kind == MIL_KIND_ROWS;
     s.i[0] = heads;
     s.i[1] = null_keys;
     s.r[0] = scale != 0 ? scale : 1 / sqrt((double)MILI_MAX(q->shape[2] / heads, 1));
     if (masked) {
+        if (over_keys) s.row_inputs |= 1u << s.input_count;
         s.i[2] = s.input_count;
         s.input[s.input_count++] = key_mask;
     }
@@ -7652,7 +7771,7 @@ MILI_FN void mili_attention_weights_task(void *arg, int64_t index, void *scratch
     const mili_attention_job *job = (const mili_attention_job *)arg;
     const mili_attention *a = &job->a;
     const mili_attention_scratch t = mili_attention_carve(a, scratch);
-    const int64_t tile = index % job->tiles, b = index / job->tiles, i0 = tile * MILI_ATTENTION_QUERIES, count = MILI_MIN((int64_t)MILI_ATTENTION_QUERIES, a->N - i0);
+    const int64_t tile = index % job->tiles, b = index / job->tiles, i0 = tile * MILI_ATTENTION_QUERIES, count = MILI_MIN(MILI_ATTENTION_QUERIES, a->N - i0);
     const mil_real share = 1 / (mil_real)a->H;
     mil_real *y = MILI_OUT(job->x) + (b * a->N + i0) * a->M;
     memset(y, 0, (size_t)(count * a->M) * sizeof *y);
@@ -7686,7 +7805,7 @@ MIL_DEF mil_node *mil_attention_weights(mil_node *attention, int64_t first, int6
 {
     if (!attention) return NULL;
     mil_tape *tape = attention->tape;
-    if (attention->op != &mili_op_attention) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "attention_weights: of %s, which is no attention", attention->op->name);
+    if (attention->op != &mili_op_attention && attention->op != &mili_op_attention_keys) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "attention_weights: of %s, which is no attention", attention->op->name);
     mil_node *q = mil_slice(attention->input[0], 1, first, count), *k = attention->input[1], *lse = mil_slice(attention->second, 1, first, count);
     if (!q || !lse) return NULL;
     mil_spec s = mil_spec_make(&mili_op_attention_weights, MIL_KIND_WHOLE, 3, q->shape);
@@ -7705,25 +7824,90 @@ MIL_DEF mil_node *mil_attention_weights(mil_node *attention, int64_t first, int6
     return mil_record(tape, &s);
 }
 
+// ---- when a value is computed ----
+// A row-wise value is computed as early as it can be, and stored whole if somebody reads it in a later stage. mili_after gives the
+// same rows anew once `before` is complete, so that what is made of them there streams: a leaf's rows and stored rows are
+// read again, a layer norm is computed again. While training values are kept for the backward pass anyway: x itself.
+MILI_FN void mili_later_run(const mil_exec *x) { memcpy(x->out, x->in[0], (size_t)(x->rows * x->node->cols) * sizeof(mil_real)); }
+#ifndef MIL_NO_TRAINING
+MILI_FN void mili_later_grad(mil_node *n, mil_node *dy) { mil_add_grad(n->input[0], dy); }
+#endif
+static const mil_op mili_op_later = MILI_ROWS_OP("later", mili_later_run, mili_later_grad);
+
+MILI_FN mil_node *mili_after(mil_node *x, mil_node *before)
+{
+    x = mili_real(x);
+    if (!x || !before || x->tape->training) return x;
+    const int again = x->op == &mili_op_layer_norm;
+    mil_spec s = mil_spec_make(&mili_op_later, MIL_KIND_ROWS, x->rank, x->shape);
+    s.input_count = 2;
+    s.input[0] = again ? x->input[0] : x;
+    s.input[1] = before;
+    s.row_inputs = 1;
+    mil_node *y = mil_record(x->tape, &s);
+    if (!again || !y) return y;
+    s.op = x->op;
+    s.input_count = x->input_count;
+    s.input[0] = y;
+    for (int i = 1; i < x->input_count; i++) s.input[i] = x->input[i];
+    s.r[0] = x->r[0];
+    return mil_record(x->tape, &s);
+}
+
+// The first rows of x [B, n, E]; of a layer norm those of its input, so that it need not exist whole.
+MILI_FN mil_node *mili_first_rows(mil_node *x, int64_t rows)
+{
+    if (!x || x->shape[1] == rows) return x;
+    if (x->op != &mili_op_layer_norm) return mil_slice(x, 1, 0, rows);
+    return mil_layer_norm(mil_slice(x->input[0], 1, 0, rows), x->input_count > 1 ? x->input[1] : NULL, x->input_count > 1 ? x->input[2] : NULL, x->r[0]);
+}
+
 // ---- runs of rows ----
 // y [B, m, C]: the means of m equal runs of rows of x [B, n, C], after `before` rows of zeros: run j holds rows
 // j l - before .. j l - before + l - 1, l = (before + n) / m.  (Nystrom attention's landmarks.)
+// A reduction over the rows of one bag; with several, whole.
+MILI_FN int64_t mili_run_length(const mil_node *n) { return (n->i[0] + n->input[0]->shape[1]) / n->shape[1]; }
+
+// Adds rows first .. first + rows - 1 of a bag (x at the first) to its runs begin .. end - 1.
+MILI_FN void mili_run_mean_add(const mil_exec *x, mil_real *y, const mil_real *in, int64_t first, int64_t rows, int64_t begin, int64_t end)
+{
+    const int64_t C = x->node->shape[2], l = mili_run_length(x->node), before = x->node->i[0];
+    for (int64_t run = begin; run < end; run++)
+        for (int64_t i = MILI_MAX(run * l - before, first); i < MILI_MIN((run + 1) * l - before, first + rows); i++)
+            MILI_K(x)->add(y + run * C, y + run * C, in + (i - first) * C, C);
+}
+
+MILI_FN size_t mili_run_mean_state(const mil_node *n) { return (size_t)(n->outer ? n->count / n->outer : 0) * sizeof(mil_real); }
+MILI_FN void mili_run_mean_begin(const mil_exec *x) { memset(x->state, 0, mili_run_mean_state(x->node)); }
+MILI_FN void mili_run_mean_step(const mil_exec *x)
+{
+    const int64_t l = mili_run_length(x->node), before = x->node->i[0];
+    mili_run_mean_add(x, (mil_real *)x->state, MILI_IN(x, 0), x->row, x->rows, (x->row + before) / l, (x->row + x->rows + before + l - 1) / l);
+}
+MILI_FN void mili_run_mean_merge(const mil_exec *x, void *into, const void *from)
+{
+    MILI_K(x)->add((mil_real *)into, (mil_real *)into, (const mil_real *)from, x->node->shape[1] * x->node->shape[2]);
+}
+MILI_FN void mili_run_mean_finish(const mil_exec *x)
+{
+    MILI_K(x)->scale(MILI_OUT(x), (const mil_real *)x->state, 1 / (mil_real)mili_run_length(x->node), 0, x->node->shape[1] * x->node->shape[2]);
+}
+
+// Deferred: a wave of rows at a time, parallel over the runs in it; a run is divided after its last row.
 MILI_FN void mili_run_mean_body(const mil_exec *x, int64_t begin, int64_t end)
 {
-    const mil_node *n = x->node;
-    const int64_t m = n->shape[1], C = n->shape[2], rows = n->input[0]->shape[1], before = n->i[0], l = (before + rows) / m;
-    for (int64_t at = begin; at < end; at++) {
-        const int64_t b = at / m, first = at % m * l - before;
-        mil_real *y = MILI_OUT(x) + at * C;
-        memset(y, 0, (size_t)C * sizeof *y);
-        for (int64_t i = MILI_MAX(first, 0); i < first + l; i++) MILI_K(x)->add(y, y, MILI_IN(x, 0) + (b * rows + i) * C, C);
-        MILI_K(x)->scale(y, y, 1 / (mil_real)l, 0, C);
+    const int64_t C = x->node->shape[2], l = mili_run_length(x->node), before = x->node->i[0], first = (x->row + before) / l;
+    for (int64_t run = first + begin; run < first + end; run++) {
+        mili_run_mean_add(x, MILI_OUT(x), MILI_IN(x, 0), x->row, x->rows, run, run + 1);
+        if ((run + 1) * l - before <= x->row + x->rows) MILI_K(x)->scale(MILI_OUT(x) + run * C, MILI_OUT(x) + run * C, 1 / (mil_real)l, 0, C);
     }
 }
 MILI_FN void mili_run_mean_run(const mil_exec *x)
 {
     const mil_node *n = x->node;
-    mili_for(x, n->shape[0] * n->shape[1], n->shape[2] * ((n->i[0] + n->input[0]->shape[1]) / n->shape[1]), mili_run_mean_body);
+    const int64_t l = mili_run_length(n), before = n->i[0];
+    if (x->row == 0) memset(x->out, 0, (size_t)n->count * sizeof(mil_real));
+    mili_for(x, (x->row + x->rows + before + l - 1) / l - (x->row + before) / l, n->shape[2] * l, mili_run_mean_body);
 }
 
 #ifndef MIL_NO_TRAINING
@@ -7747,7 +7931,8 @@ MILI_FN void mili_run_mean_grad(mil_node *n, mil_node *dy)
     mil_add_grad(n->input[0], mil_record(n->tape, &s));
 }
 #endif
-static const mil_op mili_op_run_mean = MILI_WHOLE_OP("run_mean", mili_run_mean_run, mili_run_mean_grad);
+static const mil_op mili_op_run_mean = { "run_mean", mili_run_mean_run, mili_run_mean_state, mili_run_mean_begin, mili_run_mean_step, mili_run_mean_merge,
+                                         mili_run_mean_finish, NULL, NULL, NULL, MILI_GRAD(mili_run_mean_grad), 0 };
 
 MIL_DEF mil_node *mil_run_mean(mil_node *x, int64_t runs, int64_t before)
 {
@@ -7755,7 +7940,10 @@ MIL_DEF mil_node *mil_run_mean(mil_node *x, int64_t runs, int64_t before)
     if (!x) return NULL;
     if (x->rank != 3 || runs < 1 || before < 0 || before + x->shape[1] < runs || (before + x->shape[1]) % runs)
         return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "run_mean: %lld runs of %s after %lld zeros", (long long)runs, MILI_SHAPE(x), (long long)before);
-    mil_spec s = mil_spec_make(&mili_op_run_mean, MIL_KIND_WHOLE, 3, x->shape);
+    mil_spec s = mil_spec_make(&mili_op_run_mean, MIL_KIND_REDUCE, 3, x->shape);
+    s.outer = x->shape[0];
+    s.rows = x->shape[1];
+    s.row_inputs = 1;
     s.shape[1] = runs;
     s.input_count = 1;
     s.input[0] = x;
@@ -7789,21 +7977,25 @@ MIL_DEF mil_node *mil_identity_minus(mil_node *x, double a)
 }
 
 // ---- depth-wise convolution, channels last ----
-// x [I, H, W, C], weight [G, 1, kh, kw], bias [G] or none; same size as x, zeros outside:
-//   y[i,t,u,c] = bias[g] + sum_{a,b} weight[g,a,b] x[i, t + a - before_h, u + b - before_w, c]
+// x [I, s + H W, C], weight [G, 1, kh, kw], bias [G] or none; same size as x, zeros outside the H x W grid of tokens:
+//   y[i,(t,u),c] = bias[g] + sum_{a,b} weight[g,a,b] x[i,(t + a - before_h, u + b - before_w),c]
+// The first s tokens of each image (a class token) are no part of the grid: y is 0 there.
 // Filter g serves the channels g C / G .. (g + 1) C / G - 1, or with `by_image` the images i = g, g + G, ...
-// i[]: before_h, before_w, flip, by_image. flip: x is read at t - a + before_h instead, which is the gradient by x.
+// Row-wise in the result, which need not exist whole; x must.
+// i[]: before_h, before_w, flip, by_image, s, W. flip: x is read at t - a + before_h instead, which is the gradient by x.
 #define MILI_CONV_CHANNELS 128                             // worked on at a time: their weights stay in the L1 cache
 
-typedef struct mili_conv { int64_t images, H, W, C, G, kh, kw, taps, before_h, before_w; int flip, by_image; } mili_conv;
+typedef struct mili_conv { int64_t images, T, H, W, C, G, kh, kw, taps, before_h, before_w, skip; int flip, by_image; } mili_conv;
 
 MILI_FN mili_conv mili_conv_sizes(const mil_node *n, const mil_node *x, const mil_node *w)
 {
     mili_conv c;
+    c.skip = n->i[4];
+    c.W = n->i[5];
     c.images = x->shape[0];
-    c.H = x->shape[1];
-    c.W = x->shape[2];
-    c.C = x->shape[3];
+    c.T = x->shape[1];                                     // tokens of an image
+    c.H = c.W ? (c.T - c.skip) / c.W : 0;
+    c.C = x->shape[2];
     c.G = w->shape[0];
     c.kh = w->shape[2];
     c.kw = w->shape[3];
@@ -7815,36 +8007,36 @@ MILI_FN mili_conv mili_conv_sizes(const mil_node *n, const mil_node *x, const mi
     return c;
 }
 
-MILI_FN size_t mili_conv_scratch(const mil_node *n)        // weights as [taps, C]
+MILI_FN size_t mili_conv_prepare_bytes(const mil_node *n)  // weights as [taps, C]
 {
     const mil_node *w = n->input[1];
-    return n->i[3] ? 0 : (size_t)(w->shape[2] * w->shape[3] * n->shape[3]) * sizeof(mil_real);
+    return n->i[3] ? 0 : (size_t)(w->shape[2] * w->shape[3] * n->shape[2]) * sizeof(mil_real);
 }
 
-MILI_FN void mili_conv_body(const mil_exec *x, int64_t begin, int64_t end)
+MILI_FN void mili_conv_prepare(const mil_exec *x)
 {
     const mili_conv c = mili_conv_sizes(x->node, x->node->input[0], x->node->input[1]);
-    const mil_real *weight = MILI_IN(x, 1), *bias = x->node->input_count > 2 ? MILI_IN(x, 2) : NULL, *by_tap = (const mil_real *)x->scratch;
-    for (int64_t row = begin; row < end; row++) {
-        const int64_t image = row / c.H, t = row % c.H;
-        const mil_real *in = MILI_IN(x, 0) + image * c.H * c.W * c.C;
-        for (int64_t c0 = 0; c0 < c.C; c0 += MILI_CONV_CHANNELS) {
-            const int64_t width = MILI_MIN((int64_t)MILI_CONV_CHANNELS, c.C - c0);
-            for (int64_t u = 0; u < c.W; u++) {
-                mil_real *y = MILI_OUT(x) + (row * c.W + u) * c.C + c0;
-                for (int64_t j = 0; j < width; j++) y[j] = !bias ? 0 : bias[c.by_image ? image % c.G : (c0 + j) / (c.C / c.G)];
-                for (int64_t a = 0; a < c.kh; a++) {
-                    const int64_t h = c.flip ? t - a + c.before_h : t + a - c.before_h;
-                    if (h < 0 || h >= c.H) continue;
-                    for (int64_t b = 0; b < c.kw; b++) {
-                        const int64_t w = c.flip ? u - b + c.before_w : u + b - c.before_w, tap = a * c.kw + b;
-                        if (w < 0 || w >= c.W) continue;
-                        const mil_real *from = in + (h * c.W + w) * c.C + c0;
-                        if (c.by_image) MILI_K(x)->axpy(y, weight[image % c.G * c.taps + tap], from, width);
-                        else MILI_K(x)->mul_add(y, from, by_tap + tap * c.C + c0, width);
-                    }
-                }
-            }
+    for (int64_t tap = 0; tap < c.taps; tap++)
+        for (int64_t j = 0; j < c.C; j++) ((mil_real *)x->prepared)[tap * c.C + j] = MILI_IN(x, 1)[j / (c.C / c.G) * c.taps + tap];
+}
+
+// One token, channels c0 .. c0 + width - 1.
+MILI_FN void mili_conv_token(const mil_exec *x, const mili_conv *c, mil_real *y, int64_t row, int64_t c0, int64_t width)
+{
+    const mil_real *weight = MILI_IN(x, 1), *bias = x->node->input_count > 2 ? MILI_IN(x, 2) : NULL, *by_tap = (const mil_real *)x->prepared;
+    const int64_t image = row / c->T, token = row % c->T - c->skip, t = token / c->W, u = token % c->W;
+    const mil_real *in = MILI_IN(x, 0) + (image * c->T + c->skip) * c->C + c0;
+    memset(y, 0, (size_t)width * sizeof *y);
+    if (token < 0) return;
+    if (bias) for (int64_t j = 0; j < width; j++) y[j] = bias[c->by_image ? image % c->G : (c0 + j) / (c->C / c->G)];
+    for (int64_t a = 0; a < c->kh; a++) {
+        const int64_t h = c->flip ? t - a + c->before_h : t + a - c->before_h;
+        if (h < 0 || h >= c->H) continue;
+        for (int64_t b = 0; b < c->kw; b++) {
+            const int64_t w = c->flip ? u - b + c->before_w : u + b - c->before_w, tap = a * c->kw + b;
+            if (w < 0 || w >= c->W) continue;
+            if (c->by_image) MILI_K(x)->axpy(y, weight[image % c->G * c->taps + tap], in + (h * c->W + w) * c->C, width);
+            else MILI_K(x)->mul_add(y, in + (h * c->W + w) * c->C, by_tap + tap * c->C + c0, width);
         }
     }
 }
@@ -7852,12 +8044,9 @@ MILI_FN void mili_conv_body(const mil_exec *x, int64_t begin, int64_t end)
 MILI_FN void mili_conv_run(const mil_exec *x)
 {
     const mili_conv c = mili_conv_sizes(x->node, x->node->input[0], x->node->input[1]);
-    mil_real *by_tap = (mil_real *)x->scratch;
-    if (x->node->count == 0) return;
-    if (!c.by_image)
-        for (int64_t tap = 0; tap < c.taps; tap++)
-            for (int64_t j = 0; j < c.C; j++) by_tap[tap * c.C + j] = MILI_IN(x, 1)[j / (c.C / c.G) * c.taps + tap];
-    mili_for(x, c.images * c.H, c.W * c.C * c.taps, mili_conv_body);
+    for (int64_t c0 = 0; c0 < c.C; c0 += MILI_CONV_CHANNELS)
+        for (int64_t r = 0; r < x->rows; r++)
+            mili_conv_token(x, &c, MILI_OUT(x) + r * c.C + c0, x->row + r, c0, MILI_MIN(MILI_CONV_CHANNELS, c.C - c0));
 }
 
 #ifndef MIL_NO_TRAINING
@@ -7873,10 +8062,11 @@ MILI_FN void mili_conv_correlate(const mil_exec *x, const mili_conv *c, int64_t 
 {
     const mili_kernels *K = MILI_K(x);
     memset(acc, 0, (size_t)((c->taps + 1) * MILI_CONV_CHANNELS) * sizeof *acc);
-    for (int64_t image = first; image < c->images; image += step)
+    for (int64_t image = first; image < c->images; image += step) {
+        const int64_t start = (image * c->T + c->skip) * c->C + c0;
         for (int64_t t = 0; t < c->H; t++)
             for (int64_t u = 0; u < c->W; u++) {
-                const mil_real *dy = MILI_IN(x, 1) + ((image * c->H + t) * c->W + u) * c->C + c0;
+                const mil_real *dy = MILI_IN(x, 1) + start + (t * c->W + u) * c->C;
                 K->add(acc + c->taps * MILI_CONV_CHANNELS, acc + c->taps * MILI_CONV_CHANNELS, dy, width);
                 for (int64_t a = 0; a < c->kh; a++) {
                     const int64_t h = t + a - c->before_h;
@@ -7884,10 +8074,11 @@ MILI_FN void mili_conv_correlate(const mil_exec *x, const mili_conv *c, int64_t 
                     for (int64_t b = 0; b < c->kw; b++) {
                         const int64_t w = u + b - c->before_w;
                         if (w < 0 || w >= c->W) continue;
-                        K->mul_add(acc + (a * c->kw + b) * MILI_CONV_CHANNELS, dy, MILI_IN(x, 0) + ((image * c->H + h) * c->W + w) * c->C + c0, width);
+                        K->mul_add(acc + (a * c->kw + b) * MILI_CONV_CHANNELS, dy, MILI_IN(x, 0) + start + (h * c->W + w) * c->C, width);
                     }
                 }
             }
+    }
 }
 
 MILI_FN void mili_conv_dw_task(void *arg, int64_t index, void *scratch)
@@ -7896,7 +8087,7 @@ MILI_FN void mili_conv_dw_task(void *arg, int64_t index, void *scratch)
     const mili_conv c = mili_conv_sizes(x->node, x->node->input[0], x->node);
     mil_real *acc = (mil_real *)scratch, *dw = MILI_OUT(x), *db = (mil_real *)x->second;
     if (c.G == c.C && !c.by_image) {
-        const int64_t c0 = index * MILI_CONV_CHANNELS, width = MILI_MIN((int64_t)MILI_CONV_CHANNELS, c.C - c0);
+        const int64_t c0 = index * MILI_CONV_CHANNELS, width = MILI_MIN(MILI_CONV_CHANNELS, c.C - c0);
         mili_conv_correlate(x, &c, 0, 1, c0, width, acc);
         for (int64_t j = 0; j < width; j++) {
             for (int64_t tap = 0; tap < c.taps; tap++) dw[(c0 + j) * c.taps + tap] = acc[tap * MILI_CONV_CHANNELS + j];
@@ -7908,7 +8099,7 @@ MILI_FN void mili_conv_dw_task(void *arg, int64_t index, void *scratch)
     memset(dw + index * c.taps, 0, (size_t)c.taps * sizeof *dw);
     if (db) db[index] = 0;
     for (int64_t c0 = begin; c0 < end; c0 += MILI_CONV_CHANNELS) {
-        const int64_t width = MILI_MIN((int64_t)MILI_CONV_CHANNELS, end - c0);
+        const int64_t width = MILI_MIN(MILI_CONV_CHANNELS, end - c0);
         mili_conv_correlate(x, &c, c.by_image ? index : 0, c.by_image ? c.G : 1, c0, width, acc);
         for (int64_t tap = 0; tap < c.taps; tap++) dw[index * c.taps + tap] += MILI_K(x)->sum(acc + tap * MILI_CONV_CHANNELS, width);
         if (db) db[index] += MILI_K(x)->sum(acc + c.taps * MILI_CONV_CHANNELS, width);
@@ -7927,7 +8118,7 @@ static const mil_op mili_op_conv_dw = { "gradient of conv by its weight", mili_c
 MILI_FN void mili_conv_grad(mil_node *n, mil_node *dy)
 {
     mil_node *x = n->input[0], *w = n->input[1], *bias = n->input_count > 2 ? n->input[2] : NULL;
-    mil_spec s = mil_spec_make(n->op, MIL_KIND_WHOLE, 4, x->shape);
+    mil_spec s = mil_spec_make(n->op, MIL_KIND_ROWS, 3, x->shape);
     s.input_count = 2;
     s.input[0] = dy;
     s.input[1] = w;
@@ -7936,6 +8127,8 @@ MILI_FN void mili_conv_grad(mil_node *n, mil_node *dy)
     if (mil_wants_grad(x)) mil_add_grad(x, mil_record(n->tape, &s));
     if (!mil_wants_grad(w) && !mil_wants_grad(bias)) return;
     s.op = &mili_op_conv_dw;
+    s.kind = MIL_KIND_WHOLE;
+    s.rank = 4;
     for (int a = 0; a < 4; a++) s.shape[a] = w->shape[a];
     s.input[0] = x;
     s.input[1] = dy;
@@ -7945,10 +8138,11 @@ MILI_FN void mili_conv_grad(mil_node *n, mil_node *dy)
     if (bias) mil_add_grad(bias, mil_node_second(dw, MIL_REAL_DTYPE, bias->rank, bias->shape));
 }
 #endif
-static const mil_op mili_op_conv = { "conv", mili_conv_run, NULL, NULL, NULL, NULL, NULL, mili_conv_scratch, NULL, NULL, MILI_GRAD(mili_conv_grad), 0 };
+static const mil_op mili_op_conv = { "conv", mili_conv_run, NULL, NULL, NULL, NULL, NULL, NULL, mili_conv_prepare_bytes, mili_conv_prepare, MILI_GRAD(mili_conv_grad), 0 };
 
-// x as [I, H, W, C]; the result has x's own shape.
-MILI_FN mil_node *mili_conv_record(mil_node *x, mil_node *weight, mil_node *bias, const int64_t *images, int64_t kh, int64_t kw, int64_t before_h, int64_t before_w, int by_image)
+// x as [I, skip + H W, C]; the result has x's own shape.
+MILI_FN mil_node *mili_conv_record(mil_node *x, mil_node *weight, mil_node *bias, const int64_t *tokens, int64_t skip, int64_t W, int64_t kh, int64_t kw,
+                                   int64_t before_h, int64_t before_w, int by_image)
 {
     const int biased = bias != NULL;
     x = mili_real(x);
@@ -7956,41 +8150,50 @@ MILI_FN mil_node *mili_conv_record(mil_node *x, mil_node *weight, mil_node *bias
     if (!x || !weight) return NULL;
     if (biased && !(bias = mili_real(bias))) return NULL;
     const int64_t G = weight->rank ? weight->shape[0] : 0;
-    if (G < 1 || kh < 1 || kw < 1 || weight->count != G * kh * kw || (biased && bias->count != G) || (by_image ? images[0] : images[3]) % G)
+    if (G < 1 || kh < 1 || kw < 1 || weight->count != G * kh * kw || (biased && bias->count != G) || (by_image ? tokens[0] : tokens[2]) % G)
         return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "conv: x %s, weight %s%s%s", MILI_SHAPE(x), MILI_SHAPE(weight), biased ? ", bias " : "", biased ? MILI_SHAPE(bias) : "");
     int64_t filters[4];
     filters[0] = G;
     filters[1] = 1;
     filters[2] = kh;
     filters[3] = kw;
-    mil_spec s = mil_spec_make(&mili_op_conv, MIL_KIND_WHOLE, 4, images);
+    mil_spec s = mil_spec_make(&mili_op_conv, MIL_KIND_ROWS, 3, tokens);
     s.input_count = biased ? 3 : 2;
-    s.input[0] = mil_reshape(x, 4, images);
+    s.input[0] = mil_reshape(x, 3, tokens);
     s.input[1] = mil_reshape(weight, 4, filters);
     s.input[2] = bias;
     s.i[0] = before_h;
     s.i[1] = before_w;
     s.i[3] = by_image;
+    s.i[4] = skip;
+    s.i[5] = W;
     return mil_reshape(mil_record(x->tape, &s), x->rank, x->shape);
+}
+
+MIL_DEF mil_node *mil_conv_tokens(mil_node *x, mil_node *weight, mil_node *bias, int64_t skip, int64_t width)
+{
+    if (!x || !weight) return NULL;
+    if (x->rank != 3 || weight->rank != 4 || skip < 0 || skip > x->shape[1] || width < 1 || (x->shape[1] - skip) % width)
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "conv_tokens: x %s, weight %s, a grid of width %lld after %lld tokens", MILI_SHAPE(x), MILI_SHAPE(weight), (long long)width, (long long)skip);
+    return mili_conv_record(x, weight, bias, x->shape, skip, width, weight->shape[2], weight->shape[3], weight->shape[2] / 2, weight->shape[3] / 2, 0);
 }
 
 MIL_DEF mil_node *mil_conv_grid(mil_node *x, mil_node *weight, mil_node *bias)
 {
     if (!x || !weight) return NULL;
     if (x->rank != 4 || weight->rank != 4) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "conv_grid: x %s, weight %s: needs [B, H, W, C] and [G, 1, kh, kw]", MILI_SHAPE(x), MILI_SHAPE(weight));
-    return mili_conv_record(x, weight, bias, x->shape, weight->shape[2], weight->shape[3], weight->shape[2] / 2, weight->shape[3] / 2, 0);
+    int64_t tokens[3];
+    tokens[0] = x->shape[0];
+    tokens[1] = x->shape[1] * x->shape[2];
+    tokens[2] = x->shape[3];
+    return mili_conv_record(x, weight, bias, tokens, 0, MILI_MAX(x->shape[2], 1), weight->shape[2], weight->shape[3], weight->shape[2] / 2, weight->shape[3] / 2, 0);
 }
 
 MIL_DEF mil_node *mil_conv_rows(mil_node *x, mil_node *weight, mil_node *bias, int64_t before)
 {
     if (!x || !weight) return NULL;
     if (x->rank != 3 || weight->rank < 1 || weight->shape[0] < 1) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "conv_rows: x %s, weight %s: needs [B, N, C] and [G, 1, k]", MILI_SHAPE(x), MILI_SHAPE(weight));
-    int64_t images[4];
-    images[0] = x->shape[0];
-    images[1] = x->shape[1];
-    images[2] = 1;
-    images[3] = x->shape[2];
-    return mili_conv_record(x, weight, bias, images, weight->count / weight->shape[0], 1, before, 0, 0);
+    return mili_conv_record(x, weight, bias, x->shape, 0, 1, weight->count / weight->shape[0], 1, before, 0, 0);
 }
 
 MIL_DEF mil_node *mil_conv_maps(mil_node *x, mil_node *weight, mil_node *bias, int64_t before)
@@ -7998,12 +8201,11 @@ MIL_DEF mil_node *mil_conv_maps(mil_node *x, mil_node *weight, mil_node *bias, i
     if (!x || !weight) return NULL;
     if (x->rank < 3 || weight->rank < 1 || weight->shape[0] < 1 || x->shape[x->rank - 3] != weight->shape[0])
         return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "conv_maps: x %s, weight %s: needs [.., G, N, M] and [G, 1, k]", MILI_SHAPE(x), MILI_SHAPE(weight));
-    int64_t images[4];
-    images[0] = mili_shape_count(x->rank - 2, x->shape);
-    images[1] = x->shape[x->rank - 2];
-    images[2] = 1;
-    images[3] = x->cols;
-    return mili_conv_record(x, weight, bias, images, weight->count / weight->shape[0], 1, before, 0, 1);
+    int64_t tokens[3];
+    tokens[0] = mili_shape_count(x->rank - 2, x->shape);
+    tokens[1] = x->shape[x->rank - 2];
+    tokens[2] = x->cols;
+    return mili_conv_record(x, weight, bias, tokens, 0, 1, weight->count / weight->shape[0], 1, before, 0, 1);
 }
 
 // ---- order ----
@@ -8101,15 +8303,16 @@ MILI_FN void mili_knn_task(void *arg, int64_t index, void *scratch)
     const mil_exec *x = (const mil_exec *)arg;
     const mil_node *q = x->node->input[0], *t = x->node->input[1];
     const int64_t N = q->shape[1], M = t->shape[1], E = q->shape[2], k = x->node->shape[2], tiles = (N + MILI_KNN_QUERIES - 1) / MILI_KNN_QUERIES;
-    const int64_t b = index / tiles, i0 = index % tiles * MILI_KNN_QUERIES, count = MILI_MIN((int64_t)MILI_KNN_QUERIES, N - i0);
+    const int64_t b = index / tiles, i0 = index % tiles * MILI_KNN_QUERIES, count = MILI_MIN(MILI_KNN_QUERIES, N - i0);
     mil_real *gemm = (mil_real *)scratch, *s = gemm + MILI_GEMM_BLOCK, *best = s + MILI_KNN_QUERIES * MILI_KNN_KEYS;
     int64_t *out = (int64_t *)x->out + (b * N + i0) * k;
     for (int64_t j0 = 0; j0 < M; j0 += MILI_KNN_KEYS) {
-        const int64_t keys = MILI_MIN((int64_t)MILI_KNN_KEYS, M - j0);
+        const int64_t keys = MILI_MIN(MILI_KNN_KEYS, M - j0);
         mili_product(MILI_K(x), count, keys, E, MILI_IN(x, 0) + (b * N + i0) * E, E, 1, MILI_IN(x, 1) + (b * M + j0) * E, 1, E, NULL, s, keys, 0, gemm);
         for (int64_t r = 0; r < count; r++) {
             mil_real *top = best + r * k;
             int64_t *at = out + r * k;
+            if (j0 >= k && k > 0 && MILI_K(x)->max(s + r * keys, keys) <= top[k - 1]) continue;          // nothing here enters the list
             for (int64_t j = 0; j < keys; j++) {
                 const mil_real v = s[r * keys + j];
                 int64_t held = MILI_MIN(j0 + j, k);
@@ -8560,9 +8763,17 @@ MIL_DEF mil_mha_layer mil_declare_mha(mil_builder *b, int64_t width, int64_t hea
 
 MIL_DEF mil_node *mil_mha_forward(const mil_mha_layer *layer, mil_node *q, mil_node *k, mil_node *v, mil_node *key_mask, mil_node **attention)
 {
-    mil_node *Q = mili_stacked_linear(q, layer->weight, layer->bias, 0, 3);                    // [B, n, E]
-    mil_node *K = mili_stacked_linear(k, layer->weight, layer->bias, 1, 3);                    // [B, m, E]
-    mil_node *V = mili_stacked_linear(v, layer->weight, layer->bias, 2, 3);
+    mil_node *Q = NULL, *K, *V;
+    const int few = q && k && q->shape[1] < k->shape[1];
+    if (few) {                                             // queries first, keys and values stream
+        Q = mili_stacked_linear(q, layer->weight, layer->bias, 0, 3);                          // [B, n, E]
+        mil_node *later = mili_after(k, Q);
+        v = v == k ? later : mili_after(v, Q);
+        k = later;
+    }
+    K = mili_stacked_linear(k, layer->weight, layer->bias, 1, 3);                              // [B, m, E]
+    V = mili_stacked_linear(v, layer->weight, layer->bias, 2, 3);
+    if (!few) Q = mili_stacked_linear(q, layer->weight, layer->bias, 0, 3);
     mil_node *o = mil_attention(Q, K, V, layer->heads, 0, key_mask, layer->dropout, "attention");
     if (attention) *attention = o;
     return mil_linear_forward(&layer->out, o);
@@ -8692,11 +8903,13 @@ MIL_DEF mil_node *mil_nystrom_forward(const mil_nystrom_layer *layer, mil_node *
     // score 0 and value 0. And the mean of rows of q is q of the mean row.
     mil_node *q, *k, *v, *q_marks, *k_marks, *exist = NULL;
     int64_t null_keys = padding;
+    mil_node *whole = x;
     if (!layer->qkv_bias && !mask) {
         mil_node *means = mil_run_mean(x, m, padding);                                         // [B, m, in]
         q_marks = mili_stacked_linear(means, layer->qkv, NULL, 0, 3);                          // [B, m, H d]
         k_marks = mili_stacked_linear(means, layer->qkv, NULL, 1, 3);
-        q = mili_stacked_linear(mil_slice(x, 1, 0, rows), layer->qkv, NULL, 0, 3);             // [B, rows, H d]
+        q = whole;
+        x = mili_after(x, q_marks);                        // keys and values are made once the landmarks are known
         k = mili_stacked_linear(x, layer->qkv, NULL, 1, 3);                                    // [B, n, H d]
         v = mili_stacked_linear(x, layer->qkv, NULL, 2, 3);
     } else {
@@ -8741,11 +8954,13 @@ MIL_DEF mil_node *mil_nystrom_forward(const mil_nystrom_layer *layer, mil_node *
     mil_node *pool = mili_attention_record(q_marks, k, v, H, scale, mask, null_keys, 0, NULL); // [B, m, H d]  softmax(q~ k^T) v
     mil_node *values = exist ? mili_where_row(pool, exist, mil_mean(v, 1)) : pool;
     values = mili_join_heads(mil_matmul(Z, mili_split_heads(values, H)));                      // the small product first
+    if (first == 0 && !layer->qkv_bias && !mask)           // and queries at last
+        q = mili_stacked_linear(rows == n ? mili_after(q, values) : mili_first_rows(q, rows), layer->qkv, NULL, 0, 3);       // [B, rows, H d]
     mil_node *y = mili_attention_record(q, k_marks, values, H, scale, exist, 0, 0, NULL);      // [B, rows, H d]
     if (mask) y = mili_where_row(y, mask, mil_mean(values, 1));
     if (layer->conv) {
         mil_node *near = v;                                // the rows that the wanted ones can see
-        if (first == 0) near = mil_slice(v, 1, 0, MILI_MIN(n, rows + o->taps));
+        if (first == 0 && rows + o->taps < n) near = mili_stacked_linear(mili_first_rows(whole, rows + o->taps), layer->qkv, layer->qkv_bias, 2, 3);
         mil_node *c = mil_conv_rows(near, mil_use(x->tape, layer->conv), NULL, o->taps / 2);
         if (first == 0) c = mil_slice(c, 1, 0, rows);
         y = mil_add(y, c);
@@ -8811,7 +9026,7 @@ MIL_DEF mil_ppeg_layer mil_declare_ppeg(mil_builder *b, int64_t width, const int
     return layer;
 }
 
-MIL_DEF mil_node *mil_ppeg_forward(const mil_ppeg_layer *layer, mil_node *x)
+MIL_DEF mil_node *mil_ppeg_forward(const mil_ppeg_layer *layer, mil_node *x, int64_t skip, int64_t width)
 {
     mil_node *weight = NULL, *bias = NULL;
     int64_t largest = 1;
@@ -8825,7 +9040,7 @@ MIL_DEF mil_node *mil_ppeg_forward(const mil_ppeg_layer *layer, mil_node *x)
         weight = weight ? mil_add(weight, w) : w;
         bias = bias ? mil_add(bias, z) : z;
     }
-    return mil_add(x, mil_conv_grid(x, weight, bias));
+    return mil_add(x, mil_conv_tokens(x, weight, bias, skip, width));
 }
 
 // ---- regions ----
@@ -13411,18 +13626,6 @@ MILI_FN int64_t mili_square_side(int64_t n)                // ceil(sqrt n)
     return s;
 }
 
-// Tokens [B, h w, E] as a grid, and back.
-MILI_FN mil_node *mili_ppeg_tokens(const mil_ppeg_layer *layer, mil_node *x, int64_t h, int64_t w)
-{
-    int64_t grid[4];
-    if (!x) return NULL;
-    grid[0] = x->shape[0];
-    grid[1] = h;
-    grid[2] = w;
-    grid[3] = x->cols;
-    return mil_reshape(mil_ppeg_forward(layer, mil_reshape(x, 4, grid)), 3, x->shape);
-}
-
 MILI_FN void mili_push_block(mil_tape *tape, int64_t i)    // for error sentences
 {
     char name[32];
@@ -13466,13 +13669,10 @@ MILI_FN void mili_transmil_forward(const void *model, const void *config, const 
         mil_node *x = mil_layer_norm_forward(&m->block_norm[i], h), *full = h;
         if (!last || i == 0) full = mil_add(h, mil_nystrom_forward(&m->attention[i], x, NULL, -1, NULL));
         if (i == 0) {
-            mil_node *cls = mil_slice(full, 1, 0, 1), *patches = mil_slice(full, 1, 1, S * S);
-            mil_node *a = mil_matmul_t(patches, cls, 0, 1);                                    // [B, S^2, 1]  <h_n, h_cls>
-            out->attention = mil_squeeze(a, 2);
-            out->attention_scores = mil_slice(a, 1, 0, N);
-            part[0] = cls;
-            part[1] = mili_ppeg_tokens(&m->pos_layer, patches, S, S);
-            if (!last) full = mil_concat(part, 2, 1);
+            mil_node *a = mil_matmul_t(full, mil_slice(full, 1, 0, 1), 0, 1);                  // [B, 1 + S^2, 1]  <h_n, h_cls>
+            out->attention = mil_squeeze(mil_slice(a, 1, 1, S * S), 2);
+            out->attention_scores = mil_slice(a, 1, 1, N);
+            if (!last) full = mil_ppeg_forward(&m->pos_layer, full, 1, S);
         }
         h = last ? mil_add(mil_slice(h, 1, 0, 1), mil_nystrom_forward(&m->attention[i], x, NULL, 1, NULL)) : full;
         mil_tape_pop(in->tape);
@@ -13548,7 +13748,7 @@ MILI_FN void mili_transformer_forward(const void *model, const void *config, con
         const mili_transformer_block *k = &m->block[i];
         const int last = i + 1 == c->num_attention_layers;
         mili_push_block(in->tape, i);
-        mil_node *x = mil_layer_norm_forward(&k->norm, X), *first = mil_slice(x, 1, 0, 1), *y = NULL;
+        mil_node *x = mil_layer_norm_forward(&k->norm, X), *first = mil_layer_norm_forward(&k->norm, mil_slice(X, 1, 0, 1)), *y = NULL;
         if (i == 0 || !last) y = mil_mha_forward(&k->attention, x, x, x, NULL, i == 0 ? &attention : NULL);
         if (i == 0 && c->return_attention) y = mil_slice(y, 1, 0, 1);                          // added to every row
         else if (last) y = mil_mha_forward(&k->attention, first, x, x, NULL, NULL);
@@ -13619,7 +13819,9 @@ MILI_FN mili_mab mili_declare_mab(mil_builder *b, int64_t d_q, int64_t d_k, cons
 
 MILI_FN mil_node *mili_mab_forward(const mili_mab *m, mil_node *Q, mil_node *K, mil_node **attention)          // [B, n_q, d_q], [B, n_k, d_k] -> [B, n_q, E]
 {
+    if (Q && K && Q->shape[1] > K->shape[1]) Q = mili_after(Q, K);                             // the latent side first; the instances then stream
     mil_node *q = mil_linear_forward(&m->q, Q);
+    if (Q && K && Q->shape[1] <= K->shape[1]) K = mili_after(K, q);
     mil_node *o = mil_add(q, mil_mha_forward(&m->attention, q, mil_linear_forward(&m->k, K), mil_linear_forward(&m->v, K), NULL, attention));
     if (m->ln) o = mil_layer_norm_forward(&m->ln0, o);
     o = mil_add(o, mil_relu(mil_linear_forward(&m->o, o)));
@@ -13799,7 +14001,7 @@ MILI_FN mil_node *mili_rrt_positions(const mil_ppeg_layer *pos, mil_node *x)
     part[0] = x;
     part[1] = mil_slice(x, 1, 0, S * S - N);
     x = mil_pad(S * S > N ? mil_concat(part, 2, 1) : x, 1, 0, side * side - S * S);
-    return mil_slice(mili_ppeg_tokens(pos, x, side, side), 1, 0, N);
+    return mil_slice(mil_ppeg_forward(pos, x, 0, side), 1, 0, N);
 }
 
 MILI_FN mil_node *mili_rrt_attention(const mili_rrt_config *c, const mili_rrt_layer *k, mil_node *x)

@@ -60,6 +60,41 @@ TEST(conv_grid_equals_the_loops)
     }
 }
 
+// A class token in front of the grid stays out of it.
+static mil_node *record_conv_tokens(mil_tape *tape, const grad_case *c, mil_node *const *in)
+{
+    (void)tape;
+    return mil_conv_tokens(in[0], in[1], in[2], c->i[0], c->i[1]);
+}
+
+static void reference_conv_tokens(const grad_case *c, mil_real *const *x, const mil_real *y, int64_t count)
+{
+    const int64_t B = c->shape[0][0], T = c->shape[0][1], C = c->shape[0][2], skip = c->i[0], W = c->i[1], H = (T - skip) / W, k = c->shape[1][2];
+    CHECK(count == B * T * C);
+    for (int64_t b = 0; b < B; b++) for (int64_t n = 0; n < T; n++) for (int64_t f = 0; f < C; f++) {
+        double sum = n < skip ? 0 : (double)x[2][f];
+        for (int64_t a = 0; n >= skip && a < k * k; a++) {
+            const int64_t h = (n - skip) / W + a / k - k / 2, w = (n - skip) % W + a % k - k / 2;
+            if (h >= 0 && h < H && w >= 0 && w < W) sum += (double)x[1][f * k * k + a] * (double)x[0][(b * T + skip + h * W + w) * C + f];
+        }
+        CHECK_NEAR(y[(b * T + n) * C + f], sum, tol);
+    }
+}
+
+TEST(conv_tokens_leaves_the_class_token_out)
+{
+    static const int64_t sizes[][5] = { { 1, 1, 1, 0, 7 }, { 2, 3, 4, 1, 3 }, { 2, 5, 5, 2, 5 } };              // B H W skip k
+    for (int s = 0; s < 3; s++) {
+        grad_case c = case_of(record_conv_tokens);
+        add_input(&c, 3, sizes[s][0], sizes[s][3] + sizes[s][1] * sizes[s][2], 3, 0);
+        add_input(&c, 4, 3, 1, sizes[s][4], sizes[s][4]);
+        add_input(&c, 1, 3, 0, 0, 0);
+        c.i[0] = sizes[s][3];
+        c.i[1] = sizes[s][2];
+        grad_check(&c, reference_conv_tokens);
+    }
+}
+
 TEST(conv_rows_equals_the_loops)
 {
     static const int64_t sizes[][6] = { { 1, 1, 4, 2, 33, 16 }, { 2, 40, 8, 2, 33, 16 }, { 2, 9, 5, 5, 4, 3 }, { 1, 9, 5, 5, 4, 0 }, { 1, 20, 300, 2, 5, 2 } };  // B N C G k before
@@ -301,6 +336,7 @@ TEST(drop_path_drops_whole_samples)
     grad_check(&c, reference_drop_path);
 }
 
-TESTS(T(conv_grid_equals_the_loops) T(conv_rows_equals_the_loops) T(conv_maps_equals_the_loops) T(topk_and_argsort_order_by_value_then_index)
+TESTS(T(conv_grid_equals_the_loops) T(conv_tokens_leaves_the_class_token_out)
+      T(conv_rows_equals_the_loops) T(conv_maps_equals_the_loops) T(topk_and_argsort_order_by_value_then_index)
       T(nan_counts_as_the_best) T(nearest_finds_the_largest_products) T(gather_rows_and_its_gradient) T(smooth_svm_has_hard_and_smooth_rows)
       T(drop_path_drops_whole_samples))
