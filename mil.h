@@ -7724,7 +7724,7 @@ MILI_FN mil_node *mili_attention_record(mil_node *q, mil_node *k, mil_node *v, i
     mil_spec s = mil_spec_make(over_keys ? &mili_op_attention_keys : &mili_op_attention, over_keys ? MIL_KIND_REDUCE : by_rows ? MIL_KIND_ROWS : MIL_KIND_WHOLE, 3, q->shape);
     s.shape[2] = v->shape[2];
     s.outer = 1;
-    s.rows = M;
+    s.in_rows = M;
     s.input_count = 3;
     s.input[0] = q;
     s.input[1] = k;
@@ -7932,7 +7932,7 @@ MILI_FN void mili_run_mean_grad(mil_node *n, mil_node *dy)
 }
 #endif
 static const mil_op mili_op_run_mean = { "run_mean", mili_run_mean_run, mili_run_mean_state, mili_run_mean_begin, mili_run_mean_step, mili_run_mean_merge,
-                                         mili_run_mean_finish, NULL, NULL, NULL, MILI_GRAD(mili_run_mean_grad), 0 };
+                                         mili_run_mean_finish, NULL, NULL, NULL, MILI_GRAD(mili_run_mean_grad), MIL_OP_WAVES };
 
 MIL_DEF mil_node *mil_run_mean(mil_node *x, int64_t runs, int64_t before)
 {
@@ -7942,7 +7942,7 @@ MIL_DEF mil_node *mil_run_mean(mil_node *x, int64_t runs, int64_t before)
         return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "run_mean: %lld runs of %s after %lld zeros", (long long)runs, MILI_SHAPE(x), (long long)before);
     mil_spec s = mil_spec_make(&mili_op_run_mean, MIL_KIND_REDUCE, 3, x->shape);
     s.outer = x->shape[0];
-    s.rows = x->shape[1];
+    s.in_rows = x->shape[1];
     s.row_inputs = 1;
     s.shape[1] = runs;
     s.input_count = 1;
