@@ -76,7 +76,7 @@
 //   MIL_REAL              float        arithmetic type, float or double (double: plain C kernels, for tests)
 //   MIL_MALLOC, MIL_REALLOC, MIL_FREE  malloc, realloc, free; define all three or none
 //   MIL_ASSERT(x)         nothing      checks of the library's own invariants, e.g. assert(x); never of what comes from outside
-//   MIL_NO_STDIO          off          no files: weights from memory only, no <stdio.h> but vsnprintf
+//   MIL_NO_STDIO          off          no files: weights from memory only, of <stdio.h> only snprintf and vsnprintf
 //   MIL_NO_THREADS        off          no thread pool (a host's parallel_for still works)
 //   MIL_NO_SIMD           off          plain C kernels only
 //   MIL_NO_TRAINING       off          no gradients, losses, optimizers, trainer: about a third of the code
@@ -236,6 +236,11 @@ typedef struct mil_context_options {
 
 MIL_API mil_context_options mil_context_options_default(void);
 
+// Files compiled with different MIL_REAL must not be linked together: the name makes the linker say so.
+#if !MIL_REAL_IS_FLOAT
+#define mil_context_create mil_context_create_f64
+#endif
+
 // Creates a context. options NULL: the defaults. *out is NULL on failure.
 // Errors: MIL_ERROR_NO_MEMORY; MIL_ERROR_ARGUMENT (negative threads, a block too small); MIL_ERROR_UNSUPPORTED (a CPU
 // tier this machine lacks). There is no context to hold the sentence then; mil_status_text says what the code means.
@@ -250,7 +255,8 @@ MIL_API const char *mil_error(const mil_context *ctx);
 MIL_API mil_status  mil_error_status(const mil_context *ctx);
 MIL_API void        mil_error_clear(mil_context *ctx);
 
-// Bytes that the context holds now, and the most it ever held.
+// Bytes of what has been made from the context and not been freed (models, tapes, scorers, the threads' pool), and the most there
+// ever were. The allocator is asked for more: for each block up to 128 bytes, and for the context itself, about 1.3 kB.
 MIL_API size_t mil_context_bytes(const mil_context *ctx);
 MIL_API size_t mil_context_peak_bytes(const mil_context *ctx);
 
@@ -1290,6 +1296,7 @@ struct mil_op {
 };
 enum {
     MIL_OP_STOPS_GRADIENT = 1,                                     // what stands below gets no gradient through it, on purpose
+    MIL_OP_WHOLE_INPUTS = 4,                                       // ROWS, REDUCE: inputs may all be whole (row_inputs 0), on purpose
     MIL_OP_WAVES = 2                                               // REDUCE: run adds rows to x->out itself (starts it when x->row is 0), parallel
 };                                                                 // inside; used instead of many states where a state is large
 
@@ -3854,6 +3861,11 @@ MIL_DEF mil_spec mil_spec_make(const mil_op *op, mil_kind kind, int rank, const 
     return s;
 }
 
+MILI_FN void mili_run_nothing(const mil_exec *x) { MILI_UNUSED(x); }
+static const mil_op mili_op_input = { "input", mili_run_nothing, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0 };
+static const mil_op mili_op_param = { "parameter", mili_run_nothing, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0 };
+static const mil_op mili_op_second = { "second result", mili_run_nothing, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, MIL_OP_STOPS_GRADIENT };
+
 // All fields of a node but its links. NULL after an error.
 MILI_FN mil_node *mili_node_new(mil_tape *tape, const mil_op *op, mil_kind kind, mil_dtype dtype, int rank, const int64_t *shape)
 {
@@ -3887,7 +3899,8 @@ MILI_FN mil_node *mili_node_new(mil_tape *tape, const mil_op *op, mil_kind kind,
     return n;
 }
 
-MIL_DEF mil_node *mil_record(mil_tape *tape, const mil_spec *spec)
+// Records a node from a spec as it is.
+MILI_FN mil_node *mili_record(mil_tape *tape, const mil_spec *spec)
 {
     if (!tape || tape->status != MIL_OK) return NULL;
     if (!spec || !spec->op || !spec->op->name) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_record: no op");
@@ -3912,6 +3925,11 @@ MIL_DEF mil_node *mil_record(mil_tape *tape, const mil_spec *spec)
         wants |= (spec->input[i]->flags & MILI_WANTS_GRAD) != 0;
     }
     if (spec->kind == MIL_KIND_VIEW) n->plan->base = n->input[0]->plan->base;
+    const int64_t rows = n->outer * n->in_rows;
+    for (int i = 0; i < n->input_count; i++)
+        if (n->row_inputs >> i & 1 && (rows ? n->input[i]->count % rows : n->input[i]->count) != 0)
+            return mil_tape_fail(tape, MIL_ERROR_SHAPE, "%s: input %d %s cannot be cut into %lld x %lld rows (outer x rows)", name, i,
+                                 MILI_SHAPE(n->input[i]), (long long)n->outer, (long long)n->in_rows);
     if (wants && n->dtype == MIL_REAL_DTYPE && !(spec->op->flags & MIL_OP_STOPS_GRADIENT)) {
         n->flags |= MILI_WANTS_GRAD;
         if (tape->training && !tape->in_backward && !spec->op->grad)
@@ -3920,17 +3938,31 @@ MIL_DEF mil_node *mil_record(mil_tape *tape, const mil_spec *spec)
     return n;
 }
 
-MIL_DEF mil_node *mil_node_second(mil_node *n, mil_dtype dtype, int rank, const int64_t *shape);
+MILI_FN mil_node *mili_either(mil_node *x);
+
+// The same for ops that know nothing of inputs' dtypes; refuses what an op of one's own is likely to have forgotten.
+MIL_DEF mil_node *mil_record(mil_tape *tape, const mil_spec *spec)
+{
+    if (!tape || tape->status != MIL_OK || !spec || !spec->op || !spec->op->name || spec->input_count < 0 || spec->input_count > MIL_MAX_INPUTS)
+        return mili_record(tape, spec);                    // which says what is wrong
+    const int by_rows = spec->kind == MIL_KIND_ROWS || spec->kind == MIL_KIND_REDUCE;
+    if (by_rows && spec->input_count > 0 && spec->row_inputs == 0 && !(spec->op->flags & MIL_OP_WHOLE_INPUTS))
+        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: row_inputs is 0, though rows are computed from %d inputs: set bit i for an input i that is cut "
+                             "into rows (or MIL_OP_WHOLE_INPUTS when none is)", spec->op->name, spec->input_count);
+    if (spec->row_inputs >> spec->input_count != 0)
+        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: row_inputs %#x names an input beyond the last of %d", spec->op->name, spec->row_inputs, spec->input_count);
+    mil_spec s = *spec;
+    for (int i = 0; i < s.input_count; i++)
+        if (s.input[i] && s.input[i]->tape == tape && s.input[i]->op == &mili_op_input) {
+            s.input[i] = mili_either(s.input[i]);
+            if (!s.input[i]) return NULL;
+        }
+    return mili_record(tape, &s);
+}
 
 MIL_DEF void mil_node_keep(mil_node *node) { if (node) node->flags |= MILI_KEEP; }
 
 MIL_DEF int mil_wants_grad(const mil_node *x) { return x && (x->flags & MILI_WANTS_GRAD); }
-
-// ---- leaves ----
-MILI_FN void mili_run_nothing(const mil_exec *x) { MILI_UNUSED(x); }
-static const mil_op mili_op_input = { "input", mili_run_nothing, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0 };
-static const mil_op mili_op_param = { "parameter", mili_run_nothing, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0 };
-static const mil_op mili_op_second = { "second result", mili_run_nothing, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, MIL_OP_STOPS_GRADIENT };
 
 MIL_DEF mil_node *mil_node_second(mil_node *n, mil_dtype dtype, int rank, const int64_t *shape)
 {
@@ -3943,6 +3975,7 @@ MIL_DEF mil_node *mil_node_second(mil_node *n, mil_dtype dtype, int rank, const 
     return s;
 }
 
+// ---- leaves ----
 MILI_FN int mili_tensor_packed(const mil_tensor *t)
 {
     int64_t step = (int64_t)mil_dtype_size(t->dtype);
@@ -5468,7 +5501,7 @@ MILI_FN mil_node *mili_as(mil_node *x, mil_dtype dtype)
         s.input[0] = x;
         if (x->flags & MILI_WANTS_GRAD)
             return mil_tape_fail(x->tape, MIL_ERROR_UNSUPPORTED, "an input that wants a gradient must be packed %s", mil_dtype_name(MIL_REAL_DTYPE));
-        *converted = mil_record(x->tape, &s);
+        *converted = mili_record(x->tape, &s);
     }
     return *converted;
 }
@@ -5801,7 +5834,7 @@ MILI_FN mil_node *mili_binary_record(mil_node *a, mil_node *b, mili_binary_kind 
     if (by_rows) s.row_inputs = (unsigned)(rows_a | rows_b << 1);
     s.i[0] = kind;
     s.r[0] = param;
-    return mil_record(a->tape, &s);
+    return mili_record(a->tape, &s);
 }
 
 MILI_FN mil_node *mili_binary(mil_node *a, mil_node *b, mili_binary_kind kind, double param)
@@ -6283,7 +6316,7 @@ MILI_FN void mili_reduction_grad(mil_node *n, mil_node *dy)
         spec.input[1] = dy;
         spec.row_inputs = last ? 3 : 0;
         spec.i[0] = a;
-        mil_add_grad(x, mil_record(n->tape, &spec));
+        mil_add_grad(x, mili_record(n->tape, &spec));
         break;
     }
     default: break;
@@ -7928,7 +7961,7 @@ MILI_FN void mili_run_mean_grad(mil_node *n, mil_node *dy)
     s.input_count = 1;
     s.input[0] = dy;
     s.i[0] = n->i[0];
-    mil_add_grad(n->input[0], mil_record(n->tape, &s));
+    mil_add_grad(n->input[0], mili_record(n->tape, &s));
 }
 #endif
 static const mil_op mili_op_run_mean = { "run_mean", mili_run_mean_run, mili_run_mean_state, mili_run_mean_begin, mili_run_mean_step, mili_run_mean_merge,

@@ -52,6 +52,7 @@ one 'MIL_IMPLEMENTATION on the command line' sh -c "$c -DMIL_IMPLEMENTATION agai
 one 'included in two files' sh -c "$c two.c other.c -lm -lpthread -o two && ./two"
 one 'static in two files' sh -c "$c static_two.c static_other.c -lm -lpthread -o static_two && ./static_two"
 one 'double' sh -c "$c -DMIL_REAL=double app.c -lm -lpthread -o app_double && ./app_double"
+one 'float and double do not link together' sh -c "$c -DMIL_REAL=double -c other.c -o other_double.o && ! $c two.c other_double.o -lm -lpthread -o mixed"
 one 'static, whole object' $c -fno-pic -DMIL_STATIC -c impl.c -o impl_static.o
 one 'static: no visible symbol' sh "$top/tests/check_symbols.sh" impl_static.o static
 one 'no private macro is left' sh -c "! $c -dM -E impl.c | grep -E '^#define (MILI_|mili_)'"
