@@ -71,6 +71,7 @@
 // ==== >>options: macros that change the build =====================================================================
 //
 //   macro                 default      what it does
+//   MIL_API               extern       what stands before public declarations, e.g. __declspec(dllexport); with extern "C" in C++
 //   MIL_IMPLEMENTATION    off          compiles the implementation into this file; define it in one file of a program
 //   MIL_STATIC            off          every function static: a private copy per file
 //   MIL_REAL              float        arithmetic type, float or double (double: plain C kernels, for tests)
@@ -203,7 +204,7 @@ MIL_API int64_t    mil_tensor_count(const mil_tensor *t); // elements; -1 when t
 
 typedef struct mil_context mil_context;
 
-// One function allocates, grows and frees.
+// One function allocates, grows and frees. Only the thread that calls the library calls it, never one of the pool.
 //   block NULL, new_size > 0: allocate.  new_size 0: free `block` of old_size bytes, result unused.
 //   Returns NULL when there is no memory; `block` is then untouched. Results are aligned for any C type.
 typedef struct mil_allocator {
@@ -212,7 +213,8 @@ typedef struct mil_allocator {
 } mil_allocator;
 
 // A host's own threads. run calls task(arg, i) once for each i in 0..count-1, on any threads in any order, and returns
-// when all have returned. `threads`: how many run at once at most. Results do not depend on it.
+// when all have returned. `threads`: how many run at once at most, 0 as 1. Results do not depend on it. run is called by the thread that
+// calls the library, one call at a time for a context; a task neither calls run again nor throws, and run must not throw past it.
 typedef struct mil_parallel {
     void (*run)(void *user, int64_t count, void (*task)(void *arg, int64_t index), void *arg);
     void *user;
@@ -269,7 +271,8 @@ MIL_API int         mil_context_threads(const mil_context *ctx);
 // memory for all that is needed and computes it. Only kept nodes (mil_node_keep), updates, and what they need are run.
 //
 // Errors are sticky: an op given NULL or a wrong shape returns NULL and the tape remembers the first error, so model code
-// does not check; mil_tape_run (or mil_tape_status) reports it.
+// does not check; mil_tape_run (or mil_tape_status) reports it. A NULL itself records nothing, as there is no tape to tell: it is
+// what an op that failed before has returned.
 //
 // Values are mil_real, row-major; index values are MIL_I64. A "row" is what the last axis runs over: [B, N, E] has B*N rows.
 
@@ -280,7 +283,7 @@ typedef struct mil_param mil_param;
 
 MIL_API mil_status mil_tape_create(mil_context *ctx, mil_tape **out);
 MIL_API void       mil_tape_free(mil_tape *tape);              // NULL is fine
-MIL_API void       mil_tape_reset(mil_tape *tape);             // forgets all nodes and the error; keeps its memory for the next recording
+MIL_API void       mil_tape_reset(mil_tape *tape);             // forgets nodes, draws and the error; keeps memory, training, seed, step, options
 MIL_API mil_context *mil_tape_context(mil_tape *tape);
 
 // Training on: dropout drops, batch statistics are computed, and an op without a gradient on the way to a parameter is an
@@ -304,7 +307,7 @@ MIL_API void mil_tape_pop(mil_tape *tape);
 // mil_real, rows are converted tile by tile.
 MIL_API mil_node *mil_input(mil_tape *tape, const char *name, const mil_tensor *t);
 MIL_API mil_node *mil_constant(mil_tape *tape, int rank, const int64_t *shape, double value);    // every element = value
-MIL_API mil_node *mil_use(mil_tape *tape, mil_param *param);                                     // a parameter's value; once per tape
+MIL_API mil_node *mil_use(mil_tape *tape, mil_param *param);                                     // a parameter's value; the same node however often
 
 // Points an input node at other memory of the same dtype, shape and strides, for running the same tape again.
 MIL_API mil_status mil_input_set(mil_node *input, const void *data);
@@ -332,7 +335,7 @@ typedef enum mil_tape_option {
     MIL_TAPE_NO_REUSE,       // every value has memory of its own, none is shared (to check the planner): 0 or 1
     MIL_TAPE_POISON,         // dead buffers are filled with NaN: 0 or 1
     MIL_TAPE_NO_GROUPS,      // no row streaming: 0 or 1
-    MIL_TAPE_INPUT_GRADS,    // the features of recorded bags want a gradient: 0 or 1
+    MIL_TAPE_INPUT_GRADS,    // the features of recorded bags want a gradient (mil_node_grad(out.features)): 0 or 1
     MIL_TAPE_RECOMPUTE       // the backward pass recomputes row-wise values instead of storing them: 0 or 1
 } mil_tape_option;
 MIL_API void mil_tape_set(mil_tape *tape, mil_tape_option option, int value);
@@ -622,6 +625,8 @@ MIL_API int64_t mil_model_in_dim(const mil_model *model);
 MIL_API int64_t mil_model_num_classes(const mil_model *model);                      // C; 0: no classifier, slide_feats and attention only, logits NULL
 MIL_API int64_t mil_model_parameter_count(const mil_model *model);                  // trainable numbers
 MIL_API int64_t mil_encoder_dim(const char *encoder);                               // 0 when unknown
+MIL_API int64_t mil_encoder_count(void);
+MIL_API const char *mil_encoder_at(int64_t i);                                      // its name; NULL outside 0..count-1
 
 // The value of option `key` as text ("512", "true", "relu"); NULL for an unknown key. Valid until the model is freed.
 MIL_API const char *mil_model_option(const mil_model *model, const char *key);
@@ -662,7 +667,7 @@ MIL_API mil_status mil_param_write(mil_param *param, const mil_real *src, int64_
 MIL_API void mil_param_freeze(mil_param *param, int on);
 MIL_API mil_status mil_model_init(mil_model *model, uint64_t seed);                 // fresh weights by the reference's rules
 
-// What a load found, beside its status. Names are listed in mil_error's sentence or by mil_load_report.
+// What a load may find beside the weights; mil_error's sentence lists the names.
 typedef struct mil_load_options {
     int allow_missing;       // tensors that the file lacks keep their values (else an error that names them)
     int allow_extra;         // tensors that the model lacks are skipped (else an error that names them)
@@ -728,7 +733,7 @@ typedef struct mil_bag {
     int        extra_count;
 } mil_bag;
 
-MIL_API mil_bag mil_bag_make(const float *features, int64_t instances, int64_t dim);       // features [instances, dim], packed
+MIL_API mil_bag mil_bag_make(const float *features, int64_t instances, int64_t dim);       // features [instances, dim], packed; other dtypes: mil_bag_from
 MIL_API mil_bag mil_bag_from(const mil_tensor *features);                                  // of any dtype, [N, D] or [B, N, D]; NULL: no features
 
 // X(constant, name, meaning)
@@ -740,7 +745,7 @@ MIL_API mil_bag mil_bag_from(const mil_tensor *features);                       
 typedef enum mil_loss { MIL_LOSS_LIST(MILI_LOSS_ENUM) MIL_LOSS_COUNT } mil_loss;
 #undef MILI_LOSS_ENUM
 
-// What a bag should give, and how a miss is counted. From mil_target_class or mil_target_values; then change members.
+// What a bag should give, and how a miss is counted. From mil_target_class or mil_target_value; then change members.
 typedef struct mil_target {
     mil_loss       loss;
     int64_t        label;                                 // CE, one bag: the class
@@ -1251,6 +1256,56 @@ MIL_API mil_status mil_npy_write_memory(mil_context *ctx, const mil_tensor *t, v
 // ==== >>extending: your own ops, models and backends ==============================================================
 
 // ---- ops ---------------------------------------------------------------------------------------------------------
+// An op is a table of functions (mil_op), a node of it is recorded from a spec. In short, an op with a gradient:
+//
+// [example: an op]
+//     // snake(x) = x + sin(a x)^2 / a, element by element (Ziyin et al. 2020), and its gradient dy (1 + sin(2 a x)), an op, too.
+//     static void snake_run(const mil_exec *x)
+//     {
+//         const mil_real *in = (const mil_real *)x->in[0];       // first row of the block, as it is with x->out
+//         mil_real *out = (mil_real *)x->out;
+//         const double a = x->node->r[0];
+//         for (int64_t i = 0; i < x->rows * x->node->cols; i++) {
+//             const double s = sin(a * (double)in[i]);
+//             out[i] = (mil_real)((double)in[i] + s * s / a);
+//         }
+//     }
+//
+//     static void snake_grad_run(const mil_exec *x)
+//     {
+//         const mil_real *in = (const mil_real *)x->in[0], *dy = (const mil_real *)x->in[1];
+//         for (int64_t i = 0; i < x->rows * x->node->cols; i++)
+//             ((mil_real *)x->out)[i] = (mil_real)((double)dy[i] * (1 + sin(2 * x->node->r[0] * (double)in[i])));
+//     }
+//
+//     static mil_node *snake_record(const mil_op *op, mil_node *x, mil_node *dy, double a)
+//     {
+//         if (!x) return NULL;                                   // an earlier op failed; the tape knows
+//         mil_spec s = mil_spec_make(op, MIL_KIND_ROWS, x->rank, x->shape);
+//         s.input_count = dy ? 2 : 1;
+//         s.input[0] = x;
+//         s.input[1] = dy;
+//         s.row_inputs = dy ? 3 : 1;                             // every input is cut into rows like the result
+//         s.r[0] = a;
+//         return mil_record(x->tape, &s);
+//     }
+//
+//     // name, run; of reductions: state_bytes, begin, step, merge, finish; scratch, prepare_bytes, prepare, grad, flags
+//     static const mil_op snake_grad_op = { "gradient of snake", snake_grad_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0 };
+//     static void snake_grad(mil_node *n, mil_node *dy)
+//     {
+//         mil_add_grad(n->input[0], snake_record(&snake_grad_op, n->input[0], dy, n->r[0]));
+//     }
+//     static const mil_op snake_op = { "snake", snake_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, snake_grad, 0 };
+//     static mil_node *snake(mil_node *x, double a) { return snake_record(&snake_op, x, NULL, a); }
+// [end]
+//
+// Inputs come as mil_real (MIL_I64 as int64_t), packed, whatever was given: those of other dtypes are converted before.
+// A ROWS kernel is called for blocks of rows, how many and how large is the planner's choice. A REDUCE op keeps a state of
+// its own (state_bytes) for each of up to 16 partitions: begin for each; step for each block, with x->state, x->in at the block's
+// first row and x->row its number; merge in the order of the rows; finish once, which writes x->out from the first
+// partition's x->state. Which rows a partition gets depends on their number only, never on the threads.
+
 // What a kernel of an op works on. Kernels are called for a block of rows; a kernel never knows which thread it is on.
 typedef struct mil_exec {
     mil_context *ctx;
@@ -1326,7 +1381,9 @@ struct mil_node {                                                  // read-only 
     unsigned    flags;
 };
 
-// Records a node of an op, yours or the library's. Fill a mil_node_spec from mil_spec(op), set what the op needs.
+// Records a node of an op, yours or the library's. Start from mil_spec_make, which sets op, kind, dtype MIL_REAL_DTYPE, rank and
+// shape of the result, and zeros; set inputs, row_inputs (ROWS and REDUCE: bit i when input i is cut into rows; 0 is refused unless
+// the op has MIL_OP_WHOLE_INPUTS), outer and in_rows (REDUCE), and the op's own numbers.
 typedef struct mil_spec {
     const mil_op *op;
     mil_kind   kind;
@@ -1353,7 +1410,7 @@ MIL_API int  mil_wants_grad(const mil_node *x);                                 
 MIL_API int64_t       mil_op_count(void);
 MIL_API const mil_op *mil_op_at(int64_t i);                                                  // NULL outside 0..count-1
 MIL_API const mil_op *mil_op_find(const char *name);                                         // NULL when there is none
-// Records an error with the op's name in front, returns NULL: `return mil_node_fail(x, "softmax: ...")`.
+// Records an error and returns NULL: `return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "snake: rank %d", x->rank)`.
 MIL_API mil_node *mil_tape_fail(mil_tape *tape, mil_status status, const char *format, ...) MIL_PRINTF(3, 4);
 // In the run of a WHOLE kind: task(arg, i, scratch) for i in 0..count-1 on the context's threads, each with op->scratch(node)
 // bytes of its own. Split by fixed sizes, never by the thread count, so that results do not depend on it.
@@ -1373,6 +1430,50 @@ typedef struct mil_inputs {
 MIL_API mil_node *mil_inputs_find(const mil_inputs *in, const char *name);                   // one of bag->extra, or NULL
 MIL_API void mil_output(mil_outputs *out, const char *name, mil_node *node);                 // an auxiliary output; `name` is kept as a pointer
 
+// A model of one's own (a longer one: examples/own_model.c):
+//
+// [example: a model]
+//     // Mean pooling: h = snake(W x + b), z = mean_n h_n, logits = C z + c.
+//     typedef struct { int64_t in_dim, num_classes, width; } my_config;
+//     typedef struct { mil_linear_layer embed, classifier; } my_layers;
+//
+//     static const mil_option my_options[] = {
+//         { "in_dim",      MIL_OPTION_INT, offsetof(my_config, in_dim),      "1024", "1..1000000", "width of an instance" },
+//         { "num_classes", MIL_OPTION_INT, offsetof(my_config, num_classes), "2",    "1..1000000", "classes" },
+//         { "width",       MIL_OPTION_INT, offsetof(my_config, width),       "64",   "1..1000000", "width of the hidden layer" }
+//     };
+//     static const mil_config my_configs[] = { { "base", "" }, { "wide", "width=256" } };
+//
+//     static void my_declare(mil_builder *b, void *layers, const void *config)
+//     {
+//         my_layers *m = (my_layers *)layers;
+//         const my_config *c = (const my_config *)config;
+//         m->embed = mil_declare_linear(b, c->in_dim, c->width, 1, MIL_LINEAR_TORCH, "embed");           // embed.weight, embed.bias
+//         m->classifier = mil_declare_linear(b, c->width, c->num_classes, 1, MIL_LINEAR_TORCH, "classifier");
+//     }
+//
+//     static void my_forward(const void *layers, const void *config, const mil_inputs *in, mil_outputs *out)
+//     {
+//         const my_layers *m = (const my_layers *)layers;
+//         (void)config;
+//         mil_node *h = snake(mil_linear_forward(&m->embed, in->features), 1);                           // [B, N, width]
+//         out->slide_feats = mil_squeeze(mil_mean(h, 1), 1);                                             // [B, width]
+//         out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                            // [B, C]
+//     #ifndef MIL_NO_TRAINING
+//         if (in->target) out->loss = mil_loss_node(out->logits, in->target);
+//     #endif
+//     }
+//
+//     static const mil_architecture my_model = {
+//         "mymean", "mean pooling over snake features", "this comment", "model.", my_options, 3, sizeof(my_config), my_configs, 2,
+//         sizeof(my_layers), "classifier", MIL_MODEL_BATCHES, my_declare, my_forward
+//     };
+//     // then: mil_register(ctx, &my_model); model = mil_create(ctx, "mymean.wide", "in_dim=512 num_classes=3");
+// [end]
+//
+// Option rows named in_dim and num_classes are what mil_model_in_dim and mil_model_num_classes tell; the encoder in a name
+// fills the first. There is at least one config. forward sets what the model has in *out, the rest stays NULL; out->loss is what is
+// trained, so an auxiliary loss is added to it there (mil_output only gives it a name to read it by).
 typedef struct mil_architecture {
     const char *name;                                              // "abmil"
     const char *title;                                             // one line
@@ -11617,6 +11718,20 @@ MIL_DEF int64_t mil_encoder_dim(const char *encoder)
     const mili_encoder *table = mili_encoders(&count);
     for (int i = 0; encoder && i < count; i++) if (strcmp(table[i].name, encoder) == 0) return table[i].dim;
     return 0;
+}
+
+MIL_DEF int64_t mil_encoder_count(void)
+{
+    int count;
+    mili_encoders(&count);
+    return count;
+}
+
+MIL_DEF const char *mil_encoder_at(int64_t i)
+{
+    int count;
+    const mili_encoder *table = mili_encoders(&count);
+    return i >= 0 && i < count ? table[i].name : NULL;
 }
 
 // The nearest of several names, for "did you mean"; start with best NULL.
