@@ -110,6 +110,8 @@ else
     echo "skip C++: no $CXX"
 fi
 
+one 'no allocator, threads, files: fixed_memory.c' sh -c "$c '$top/examples/fixed_memory.c' -lm -o fixed && ./fixed > fixed.txt && ! nm -u fixed | grep -E ' (malloc|realloc|free|calloc|fopen|open|pthread_create)'"
+
 one 'make install' sh -c "cd '$top' && make install DESTDIR='$(pwd)/stage' PREFIX=/opt/mil"
 one 'installed files' sh -c "test -f stage/opt/mil/include/mil.h && grep -q '^Version: [0-9]' stage/opt/mil/lib/pkgconfig/mil.pc &&
     grep -q '^prefix=/opt/mil' stage/opt/mil/lib/pkgconfig/mil.pc"

@@ -258,7 +258,7 @@ TEST(rows_of_any_type_stride_and_alignment)
         const size_t width = mil_dtype_size(dtype);
         const int whole_numbers = k >= 4, no_sign = dtype == MIL_U8 || dtype == MIL_U16 || dtype == MIL_U32 || dtype == MIL_U64;
         for (int form = 0; form < 3; form++) {             // packed; strided; strided and at an odd address
-            const size_t step = form ? STEP : D * width;
+            const size_t step = form ? (size_t)STEP : D * width;
             char *rows = room + (form == 2 ? 1 : 0);
             uint64_t state = 5;
             for (int r = 0; r < M; r++)
