@@ -59,7 +59,7 @@ static double replay_value(const mil_tensor *t, int64_t i)
     case MIL_I32: memcpy(&n, at, sizeof n); return (double)n;
     case MIL_BOOL:
     case MIL_U8:  return (double)*(const unsigned char *)at;
-    default:      return NAN;
+    default:      return (double)NAN;
     }
 }
 

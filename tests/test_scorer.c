@@ -716,7 +716,7 @@ TEST(bytes_are_known_beforehand)
             const size_t before = mil_context_bytes(ctx), announced = mil_scorer_bytes(model, &o, sizes[k]);
             CHECK(mil_context_bytes(ctx) == before);
             mil_scorer *s = mil_scorer_create(model, &o);
-            const mil_bag b = bag_of(bag, sizes[k] < N ? sizes[k] : N);
+            const mil_bag b = bag_of(bag, sizes[k] < N ? sizes[k] : (int64_t)N);
             CHECK(mil_scorer_score(s, &b) == MIL_OK);
             CHECK(mil_scorer_read(s, MIL_LOGITS, now.logits, C) == MIL_OK);
             const size_t held = mil_context_bytes(ctx) - before;
