@@ -821,8 +821,8 @@ MIL_API void mil_scorer_free(mil_scorer *scorer);                               
 // The most that a scorer of this model takes from the allocator, block headers included, when a bag of `instances` without a
 // mask is scored and options->capacity or the first bag is that large. Without capacity a bag that comes in pieces makes the
 // memory grow by doubling, with old and new held for a moment: up to 3 times as much. 0 on error. Needs memory for the
-// recorded model while it looks. A fixed block (mil_context_options.memory) holds the context, about 2 KB and 1 KB per thread,
-// the model (mil_context_bytes after creating it shows how much), and this.
+// recorded model while it looks. A fixed block (mil_context_options.memory) holds the context, 3 KB at most, the model (what
+// mil_context_bytes shows after creating it, and 128 bytes for each of its parameters and 1 KB for block headers), and this.
 MIL_API size_t mil_scorer_bytes(mil_model *model, const mil_scorer_options *options, int64_t instances);
 
 // Scores a whole bag, or a batch of bags where the model takes one (any model). What was pushed before is forgotten, and a

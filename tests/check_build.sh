@@ -37,6 +37,14 @@ static int use(void)
 }
 END
 printf '#define MIL_IMPLEMENTATION\n#include "mil.h"\n' > impl.c
+# The first programs that a reader meets: the README's, and the header's quick start as a function's body.
+sed -n '/^#include <stdio.h>/,/^```/p' "$top/README.md" | sed '/^```/,$d' > readme.c
+{
+    printf '#define MIL_IMPLEMENTATION\n#include "mil.h"\n#include <stdio.h>\nint score(const float *features, int64_t n);\n'
+    printf 'int score(const float *features, int64_t n)\n{\n'
+    sed -n '/^\/\/ Score a slide:/,/^\/\/ What it does not do/s/^\/\/     //p' "$top/mil.h"
+    printf '}\nint main(void) { return score(NULL, 0) == 1 ? 0 : 1; }\n'
+} > quick.c
 printf '#define MIL_IMPLEMENTATION\n#include "mil.h"\n#include "use.h"\nint main(void) { return use(); }\n' > app.c
 printf '#include "mil.h"\n#include "mil.h"\n#define MIL_IMPLEMENTATION\n#include "mil.h"\n#include "mil.h"\n#include "use.h"\nint main(void) { return use(); }\n' > twice.c
 printf '#include "mil.h"\n#include "mil.h"\n#include "use.h"\nint main(void) { return use(); }\n' > again.c
@@ -47,6 +55,8 @@ printf '#define MIL_STATIC\n#define MIL_IMPLEMENTATION\n#include "mil.h"\n#inclu
 printf '#include "mil.h"\n#include "use.h"\nint main() { return use(); }\n' > app.cc
 
 one 'cc app.c -lm -lpthread' sh -c "$CC -I$top app.c -lm -lpthread -o app && ./app"
+one 'the first program of the README' sh -c "$c readme.c -lm -lpthread -o readme && ./readme | grep weights.safetensors"
+one 'the first program of the header' sh -c "$c quick.c -lm -lpthread -o quick && ./quick | grep weights.safetensors"
 one 'included twice' sh -c "$c twice.c -lm -lpthread -o twice && ./twice"
 one 'MIL_IMPLEMENTATION on the command line' sh -c "$c -DMIL_IMPLEMENTATION again.c -lm -lpthread -o again && ./again"
 one 'included in two files' sh -c "$c two.c other.c -lm -lpthread -o two && ./two"
