@@ -8272,7 +8272,7 @@ MILI_FN void mili_conv_grad(mil_node *n, mil_node *dy)
     if (bias) mil_add_grad(bias, mil_node_second(dw, MIL_REAL_DTYPE, bias->rank, bias->shape));
 }
 #endif
-static const mil_op mili_op_conv = { "conv", mili_conv_run, NULL, NULL, NULL, NULL, NULL, NULL, mili_conv_prepare_bytes, mili_conv_prepare, MILI_GRAD(mili_conv_grad), 0 };
+static const mil_op mili_op_conv = { "conv", mili_conv_run, NULL, NULL, NULL, NULL, NULL, NULL, mili_conv_prepare_bytes, mili_conv_prepare, MILI_GRAD(mili_conv_grad), MIL_OP_WHOLE_INPUTS };
 
 // x as [I, skip + H W, C]; the result has x's own shape.
 MILI_FN mil_node *mili_conv_record(mil_node *x, mil_node *weight, mil_node *bias, const int64_t *tokens, int64_t skip, int64_t W, int64_t kh, int64_t kw,
