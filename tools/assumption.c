@@ -50,7 +50,7 @@ static void write_bags(mil_context *ctx, const char *folder, unit_kind kind, uin
 static char *small_options(mil_context *ctx, const char *name)
 {
     static const char *const small[][2] = { { "embed_dim", "64" }, { "attn_dim", "32" }, { "att_dim", "32" }, { "inner_dim", "64" }, { "hidden_dim", "64" },
-                                            { "feat_ext_sizes", "[64]" }, { "feat_ext_activations", "[relu]" } };
+                                            { "k_sample", "2" }, { "feat_ext_sizes", "[64]" }, { "feat_ext_activations", "[relu]" } };
     text t = { NULL, 0, 0 };
     mil_model *model = mil_create(ctx, name, NULL);
     if (!model) tool_fail("%s", mil_error(ctx));
@@ -97,6 +97,7 @@ static int measure(const char *folder, const char *name)
     if (mil_context_create(&ctx, NULL) != MIL_OK) return 1;
     char *set = small_options(ctx, name);
     printf("%-34s", name);
+    fflush(stdout);
     for (int kind = 0; kind < UNIT_COUNT; kind++) {
         double test = 0, train = 0;
         enum { SEEDS = 2 };
@@ -147,7 +148,7 @@ int main(int argc, char **argv)
                 fflush(stdout);
                 const pid_t child = fork();                // a model that cannot take such bags stops its own process only
                 if (child == 0) exit(measure(argv[1], name));
-                if (child < 0 || waitpid(child, &status, 0) < 0 || status) printf("%s: not measured\n", child < 0 ? name : "");
+                if (child < 0 || waitpid(child, &status, 0) < 0 || status) printf("%s%-34s  not measured\n", child < 0 ? "" : "\n", name);
             }
             free(name);
         }
