@@ -609,7 +609,7 @@ typedef struct mil_model mil_model;
 
 // Creates a model with fresh weights (seed 0; mil_model_init for others).
 //   name     `<model>.<config>.<encoder>.<task>`, short names filled in: "abmil" = "abmil.base.uni.none". The encoder gives
-//            in_dim (>>models: mil_encoder_dim). A task other than "none" says that weights will be loaded.
+//            in_dim (mil_encoder_at lists them). A task other than "none" says that weights will be loaded.
 //            Models and configs: mil_architecture_at(i)->name, ->configs (>>extending).
 //   options  "key=value key=value", no blanks around the =, the reference's keyword names; NULL or "" for none. Later wins.
 //            Lists: "a=[1,2]". The options of a model with type, default, range and meaning: mil_model_architecture(m)->options,
@@ -894,6 +894,9 @@ MIL_API mil_node *mil_bce_with_logits(mil_node *logits, mil_node *targets, doubl
     X(REAL,   ema_gamma,       "1",        "0..",  "of ema_warmup")                                                             \
     X(REAL,   ema_power,       "0.6666666666666666", "0..", "of ema_warmup")                                                    \
     X(INT,    seed,            "0",        NULL,   "of dropout and other draws")
+
+// The order of an epoch's bags: out [n] gets 0..n-1, shuffled as a function of seed and epoch alone, the same on any machine.
+MIL_API void mil_shuffle(uint64_t seed, uint64_t epoch, int64_t n, int64_t *out);
 
 typedef struct mil_trainer mil_trainer;
 
@@ -1290,13 +1293,12 @@ MIL_API mil_status mil_npy_write_memory(mil_context *ctx, const mil_tensor *t, v
 //         return mil_record(x->tape, &s);
 //     }
 //
-//     // name, run; of reductions: state_bytes, begin, step, merge, finish; scratch, prepare_bytes, prepare, grad, flags
-//     static const mil_op snake_grad_op = { "gradient of snake", snake_grad_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0 };
+//     static const mil_op snake_grad_op = MIL_OP_ROWS("gradient of snake", snake_grad_run, NULL);
 //     static void snake_grad(mil_node *n, mil_node *dy)
 //     {
 //         mil_add_grad(n->input[0], snake_record(&snake_grad_op, n->input[0], dy, n->r[0]));
 //     }
-//     static const mil_op snake_op = { "snake", snake_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, snake_grad, 0 };
+//     static const mil_op snake_op = MIL_OP_ROWS("snake", snake_run, snake_grad);
 //     static mil_node *snake(mil_node *x, double a) { return snake_record(&snake_op, x, NULL, a); }
 // [end]
 //
@@ -1349,6 +1351,11 @@ struct mil_op {
     void (*grad)(mil_node *n, mil_node *dy);                       // records gradients through mil_add_grad; NULL: not differentiable
     unsigned flags;                                                // MIL_OP_*
 };
+// The rows of such a table for most ops; a static const mil_op = MIL_OP_ROWS("snake", snake_run, snake_grad);
+#define MIL_OP_ROWS(name, run, grad) { name, run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, grad, 0 }
+#define MIL_OP_WHOLE(name, run, grad) MIL_OP_ROWS(name, run, grad)
+#define MIL_OP_REDUCE(name, state_bytes, begin, step, merge, finish, grad) \
+    { name, NULL, state_bytes, begin, step, merge, finish, NULL, NULL, NULL, grad, 0 }
 enum {
     MIL_OP_STOPS_GRADIENT = 1,                                     // what stands below gets no gradient through it, on purpose
     MIL_OP_WHOLE_INPUTS = 4,                                       // ROWS, REDUCE: inputs may all be whole (row_inputs 0), on purpose
@@ -5467,17 +5474,19 @@ MIL_DEF mil_status mil_node_read(mil_node *node, void *dst, int64_t count)
 // ==== >>op-table: every op: shape rule, kernel, gradient ==========================================================
 //
 // Each op stands in one place: the public function checks shapes and records; the kernel computes a block of rows, a
-// reduction step or everything; the gradient records other ops. MILI_OPS at the end lists them all.
+// reduction step or everything; the gradient records other ops. MILI_OPS at the end lists them all. A node's attributes i[0], i[1],
+// ... and r[0], ... mean what the comment above its op says: axes, transposes, slopes.
 
+// MILI_GRAD(f): an op's gradient in its table row; there is none without training.
 #ifdef MIL_NO_TRAINING
 #define MILI_GRAD(f) NULL
 #else
 #define MILI_GRAD(f) f
 #endif
-#define MILI_ROWS_OP(name, run, grad) { name, run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, MILI_GRAD(grad), 0 }
+#define MILI_ROWS_OP(name, run, grad) MIL_OP_ROWS(name, run, MILI_GRAD(grad))
 #define MILI_WHOLE_OP(name, run, grad) MILI_ROWS_OP(name, run, grad)
 #define MILI_REDUCE_OP(name, state, begin, step, merge, finish, grad) \
-    { name, NULL, state, begin, step, merge, finish, NULL, NULL, NULL, MILI_GRAD(grad), 0 }
+    MIL_OP_REDUCE(name, state, begin, step, merge, finish, MILI_GRAD(grad))
 
 #define MILI_K(x) ((const mili_kernels *)(x)->kernels)
 #define MILI_IN(x, i) ((const mil_real *)(x)->in[i])
@@ -5773,7 +5782,7 @@ MILI_FN void mili_binary_span(const mili_kernels *K, int64_t kind, double param,
     case MILI_BINARY_maximum:   MILI_PAIRS(v >= w || mili_is_nan(v) ? v : w); break;
     case MILI_BINARY_minimum:   MILI_PAIRS(v <= w || mili_is_nan(v) ? v : w); break;
     case MILI_BINARY_mask_fill: MILI_PAIRS(w != 0 ? v : p); break;
-    case MILI_BINARY_weights:   MILI_PAIRS(w == -MILI_INF ? 0 : v - w);
+    case MILI_BINARY_weights:   MILI_PAIRS(w == -MILI_INF ? 0 : v - w);              // softmax from its log-sum-exp: e^(v - w), 0 where w is -inf
                                 for (int64_t i = 0; i < n; i++) if (b[i * sb] == -MILI_INF) y[i] = -MILI_INF;
                                 K->exp(y, y, n); break;
     case MILI_BINARY_drop:      MILI_PAIRS(w < p ? 0 : v * (1 / (1 - p))); break;
@@ -6558,7 +6567,8 @@ MIL_DEF mil_node *mil_log_softmax(mil_node *x, int axis) { return mil_sub(x, mil
 //   matmul_tn   a^T b over the rows of both: a reduction (weight gradients, pooling)
 //   matmul      everything else: batches of matrices
 
-// y = x W^T + b, or x W + b with i[0] = 0. Below 2 tiles packing does not pay.
+// y = x W^T + b (i[0] = 1: W [out, in] is read transposed), or x W + b (i[0] = 0: W [in, out]). W is packed into panels once, before
+// the first rows, unless there are so few rows (below 32) that packing would cost more than it saves.
 MILI_FN size_t mili_linear_prepare_bytes(const mil_node *n)
 {
 #if defined(MIL_USE_CBLAS)
@@ -6566,7 +6576,7 @@ MILI_FN size_t mili_linear_prepare_bytes(const mil_node *n)
     return 0;                                              // it packs for itself
 #else
     if (n->rows < 32) return 0;
-    // Any tier's packed size is bounded by the widest panels.
+    // A packed W is padded to whole panels; 64 is no less than any CPU's panel is wide, so this is room for each of them.
     const int64_t in = n->input[0]->cols, panel = 64;
     return (size_t)((n->cols + panel) * (in + panel)) * sizeof(mil_real);
 #endif
@@ -6590,7 +6600,7 @@ MILI_FN void mili_linear_prepare(const mil_exec *x)
     mili_pack_job job;
     job.x = x;
     job.panels = mili_gemm_panels(MILI_K(x), x->node->cols);
-    job.chunk = 4;
+    job.chunk = 4;                                         // panels a task: enough work to be worth one, enough tasks to share out
     mil_exec_parallel(x, (job.panels + job.chunk - 1) / job.chunk, mili_pack_task, &job);
 }
 
@@ -6912,27 +6922,27 @@ MILI_FN void mili_pool_begin(const mil_exec *x)
 
 MILI_FN void mili_pool_step(const mil_exec *x)
 {
-    const mili_kernels *K = MILI_K(x);
+    const mili_kernels *K = MILI_K(x);                     // the CPU's functions; s.K is the number of attention maps
     const mili_pool_shape s = mili_pool_sizes(x->node);
     const mil_real *scores = MILI_IN(x, 0), *values = MILI_IN(x, 1);
     mil_real *top = (mil_real *)x->state, *sum = top + s.K, *z = sum + s.K;
     for (int64_t k = 0; k < s.K; k++) {
-        for (int64_t begin = 0; begin < x->rows; begin += MILI_TILE_ROWS) {          // also when rows are not tiled
+        for (int64_t begin = 0; begin < x->rows; begin += MILI_TILE_ROWS) {          // `weight` has room for one tile; node by node all rows come at once
             const int64_t end = MILI_MIN(begin + MILI_TILE_ROWS, x->rows);
             mil_real m = top[k], weight[MILI_TILE_ROWS];
             for (int64_t r = begin; r < end; r++) {
                 const mil_real v = scores[r * s.K + k];
                 weight[r - begin] = v;
-                if (v > m || mili_is_nan(v)) m = v;
+                if (v > m || mili_is_nan(v)) m = v;        // a NaN becomes the maximum, and with it the result, on purpose
             }
-            if (m == -MILI_INF) continue;
+            if (m == -MILI_INF) continue;                  // only masked rows so far
             if (m != top[k]) {
                 const mil_real scale = top[k] == -MILI_INF ? 0 : mili_exp(top[k] - m);
                 sum[k] *= scale;
-                K->scale(z + k * s.E, z + k * s.E, scale, 0, s.E);
+                K->scale(z + k * s.E, z + k * s.E, scale, 0, s.E);                   // z = scale z + 0
                 top[k] = m;
             }
-            sum[k] += K->exp_sum(weight, weight, end - begin, m);
+            sum[k] += K->exp_sum(weight, weight, end - begin, m);                    // from here on weight = exp(score - m)
             for (int64_t r = begin; r < end; r++)
                 if (weight[r - begin] != 0) K->axpy(z + k * s.E, weight[r - begin], values + r * s.E, s.E);
         }
@@ -6968,9 +6978,9 @@ MILI_FN void mili_pool_finish(const mil_exec *x)
     const mili_pool_shape s = mili_pool_sizes(x->node);
     const mil_real *top = (const mil_real *)x->state, *sum = top + s.K, *z = sum + s.K;
     for (int64_t k = 0; k < s.K; k++) {
-        const int empty = top[k] == -MILI_INF;
-        MILI_K(x)->scale(MILI_OUT(x) + k * s.E, z + k * s.E, empty ? 0 : 1 / sum[k], 0, s.E);
-        if (x->second) ((mil_real *)x->second)[k] = empty ? top[k] : top[k] + mili_log(sum[k]);
+        const int masked = top[k] == -MILI_INF;            // no rows, or every score -inf: zeros
+        MILI_K(x)->scale(MILI_OUT(x) + k * s.E, z + k * s.E, masked ? 0 : 1 / sum[k], 0, s.E);
+        if (x->second) ((mil_real *)x->second)[k] = masked ? top[k] : top[k] + mili_log(sum[k]);
     }
 }
 
@@ -6979,7 +6989,7 @@ MILI_FN void mili_pool_finish(const mil_exec *x)
 MILI_FN void mili_pool_grad(mil_node *n, mil_node *dz)
 {
     mil_node *scores = n->input[0], *values = n->input[1];
-    mil_node *p = mili_binary(scores, n->second, MILI_BINARY_weights, 0);
+    mil_node *p = mili_binary(scores, n->second, MILI_BINARY_weights, 0);            // exp(s - lse), 0 where lse is -inf
     if (mil_wants_grad(values)) mil_add_grad(values, mil_matmul(p, dz));
     if (mil_wants_grad(scores)) {
         mil_node *mean = mil_transpose(mil_sum(mil_mul(n, dz), -1));                 // [B, 1, K]
@@ -13042,7 +13052,9 @@ MIL_DEF mil_status mil_model_record(mil_tape *tape, mil_model *model, const mil_
 #define MILI_OPTION_ROW(T, type, member, value, choices, doc) { #member, type, offsetof(T, member), value, choices, doc },
 
 // Scores of missing instances become the most negative number, and their features zero, so that a NaN in padding spoils
-// nothing. A bag without any real instance is left as it is: it then attends to all equally, as the references do.
+// nothing. The most negative number and not -inf: scores of a bag without any real instance are then all equal, and its attention
+// is uniform over all N, as the references' is (a softmax over -inf alone would be NaN there, zeros here). Where there is a real
+// instance, exp(-max - m) is 0. Features of a bag without one are not zeroed.
 MILI_FN mil_node *mili_mask_column(mil_node *mask)         // [B, N] -> [B, N, 1]
 {
     if (!mask) return NULL;
@@ -13055,7 +13067,7 @@ MILI_FN mil_node *mili_mask_column(mil_node *mask)         // [B, N] -> [B, N, 1
 
 MILI_FN mil_node *mili_mask_real(mil_node *mask)           // mask [B, N, 1], with ones for a bag that has none
 {
-    return mil_maximum(mask, mil_affine(mil_max(mask, 1), -1, 1));
+    return mil_maximum(mask, mil_affine(mil_max(mask, 1), -1, 1));                   // 1 - max is 1 exactly when the bag has no real instance
 }
 
 MILI_FN mil_node *mili_mask_features(mil_node *x, mil_node *mask)              // mask [B, N, 1] or NULL
@@ -13164,7 +13176,7 @@ MILI_FN void mili_abmil_forward(const void *model, const void *config, const mil
     mil_node *h = mil_patch_mlp_forward(&m->embed, mili_mask_features(in->features, mask));    // [B, N, E]
     mil_node *a = mil_attention_scores(&m->scorer, h);                                         // [B, N, 1]
     if (mask) a = mil_mask_fill(a, mask, -(double)MILI_REAL_MAX);
-    mil_node *z = mil_softmax_pool(a, h);                                                      // [B, 1, E]
+    mil_node *z = mil_softmax_pool(a, h);                                                      // [B, 1, E]: one attention map, K = 1
 
     out->attention = mil_transpose(a);                                                         // [B, 1, N]
     out->attention_scores = a;
@@ -14653,6 +14665,17 @@ MILI_FN mil_status mili_trainer_fill(mil_trainer *t, const char *options)
         slot->param->grad = (mil_real *)slot->grad.data;
     }
     return MIL_OK;
+}
+
+MIL_DEF void mil_shuffle(uint64_t seed, uint64_t epoch, int64_t n, int64_t *out)      // Fisher and Yates
+{
+    if (!out) return;
+    for (int64_t i = 0; i < n; i++) out[i] = i;
+    for (int64_t i = n - 1; i > 0; i--) {
+        const int64_t j = (int64_t)(mili_random_unit(seed, epoch, (uint64_t)i) * (double)(i + 1)), t = out[i];
+        out[i] = out[j];
+        out[j] = t;
+    }
 }
 
 MIL_DEF mil_trainer *mil_trainer_create(mil_model *model, const char *options)

@@ -37,13 +37,12 @@ static mil_node *snake_record(const mil_op *op, mil_node *x, mil_node *dy, doubl
     return mil_record(x->tape, &s);
 }
 
-// name, run; of reductions: state_bytes, begin, step, merge, finish; scratch, prepare_bytes, prepare, grad, flags
-static const mil_op snake_grad_op = { "gradient of snake", snake_grad_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0 };
+static const mil_op snake_grad_op = MIL_OP_ROWS("gradient of snake", snake_grad_run, NULL);
 static void snake_grad(mil_node *n, mil_node *dy)
 {
     mil_add_grad(n->input[0], snake_record(&snake_grad_op, n->input[0], dy, n->r[0]));
 }
-static const mil_op snake_op = { "snake", snake_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, snake_grad, 0 };
+static const mil_op snake_op = MIL_OP_ROWS("snake", snake_run, snake_grad);
 static mil_node *snake(mil_node *x, double a) { return snake_record(&snake_op, x, NULL, a); }
 // [end]
 
@@ -149,6 +148,24 @@ TEST(the_example_ops_gradient_is_its_slope)
     mil_context_free(ctx);
 }
 
+TEST(a_shuffle_is_an_order_that_seed_and_epoch_give)
+{
+    int64_t a[100], b[100], c[100], seen = 0;
+    char had[100] = { 0 };
+    mil_shuffle(3, 0, 100, a);
+    mil_shuffle(3, 0, 100, b);
+    mil_shuffle(3, 1, 100, c);
+    mil_shuffle(3, 1, 0, NULL);
+    for (int i = 0; i < 100; i++) if (a[i] >= 0 && a[i] < 100 && !had[a[i]]) { had[a[i]] = 1; seen++; }
+    CHECK(seen == 100 && memcmp(a, b, sizeof a) == 0 && memcmp(a, c, sizeof a) != 0);
+}
+
+TEST(encoders_are_listed)
+{
+    CHECK(mil_encoder_count() > 5 && !mil_encoder_at(-1) && !mil_encoder_at(mil_encoder_count()));
+    for (int64_t i = 0; i < mil_encoder_count(); i++) CHECK(mil_encoder_dim(mil_encoder_at(i)) > 0);
+}
+
 // Reads on to the line that holds `mark`. 0: there is none.
 static int find_line(FILE *f, const char *mark)
 {
@@ -173,5 +190,5 @@ TEST(the_examples_stand_in_the_header_as_they_stand_here)
     if (here) fclose(here);
 }
 
-TESTS(T(the_example_model_with_the_example_op_trains_saves_and_streams) T(the_example_ops_gradient_is_its_slope)
+TESTS(T(a_shuffle_is_an_order_that_seed_and_epoch_give) T(encoders_are_listed) T(the_example_model_with_the_example_op_trains_saves_and_streams) T(the_example_ops_gradient_is_its_slope)
       T(the_examples_stand_in_the_header_as_they_stand_here))
