@@ -2252,7 +2252,7 @@ MILI_INLINE uint64_t mili_random_bits(uint64_t seed, uint64_t stream, uint64_t c
 
 MILI_INLINE double mili_random_unit(uint64_t seed, uint64_t stream, uint64_t counter)        // in [0, 1)
 {
-    return (double)(mili_random_bits(seed, stream, counter) >> 11) * (1.0 / 9007199254740992.0);
+    return (double)(int64_t)(mili_random_bits(seed, stream, counter) >> 11) * (1.0 / 9007199254740992.0);
 }
 
 MILI_INLINE double mili_random_gauss(uint64_t seed, uint64_t stream, uint64_t counter)       // Box and Muller
@@ -3712,7 +3712,8 @@ MIL_DEF const char *mil_context_cpu(const mil_context *ctx) { return ctx ? ctx->
 
 // ==== >>record: nodes, shapes, random draws =======================================================================
 
-enum { MILI_OP_SOURCE = 1 << 8, MILI_OP_CHEAP = 1 << 9 };  // mil_op.flags: ROWS that reads no computed value; and costs no more than reading it back
+// mil_op.flags: ROWS that reads no computed value; that costs no more than reading it back; that is a small part of a step
+enum { MILI_OP_SOURCE = 1 << 8, MILI_OP_CHEAP = 1 << 9, MILI_OP_LIGHT = 1 << 10 };
 enum {                                                     // mil_node.flags
     MILI_KEEP = 1,                                         // read after the run
     MILI_WANTS_GRAD = 2,                                   // a parameter or marked input stands below it
@@ -3767,6 +3768,7 @@ typedef struct mili_plan_node {
     int       first, last;                                 // steps between which its memory is taken
     int       last_reader;                                 // in its group
     int       step, stored, uses;                          // its step; 1: must exist whole; readers, of a row value that need not
+    int       later, again;                                // 1: a later group reads it; 1: light enough to be computed again there
     mil_node *copy;                                        // that runs again in step copy_step
     int       copy_step;
     struct mili_plan_node *next_copy;                      // of a plan's list of copies
@@ -4301,7 +4303,7 @@ MIL_DEF mil_status mil_tape_backward_from(mil_tape *tape, mil_node *const *y, mi
 // parallel over the result, rows in order.
 //
 // Copies. A row value that a later group reads would have to be stored for all rows. Constants and converted inputs are computed
-// again there instead, tile by tile; under MIL_TAPE_RECOMPUTE all row values are, so that memory does not grow with the rows.
+// again there instead, tile by tile, as are light ops (element by element, random draws) of values that are stored anyway; under MIL_TAPE_RECOMPUTE all row values are, so that memory does not grow with the rows.
 // Copies run the same kernels on the same rows, so nothing changes in the results.
 //
 // Places. Whole values share one workspace: two values may overlap when they never live at the same time.
@@ -4555,7 +4557,7 @@ MILI_FN void mili_mark_stored(mil_tape *tape, const mili_plan *plan)
 {
     for (int64_t i = tape->ran; i < tape->count; i++) {
         mil_node *n = tape->node[i];
-        n->plan->stored = n->plan->uses = n->plan->copy_step = 0;
+        n->plan->stored = n->plan->uses = n->plan->copy_step = n->plan->later = n->plan->again = 0;
         n->plan->copy = NULL;
     }
     for (int64_t i = tape->ran; i < tape->count; i++) {
@@ -4567,9 +4569,22 @@ MILI_FN void mili_mark_stored(mil_tape *tape, const mili_plan *plan)
             mili_plan_node *p = n->input[j]->plan->base->plan;
             if (!mili_reads_rows(n, j)) p->stored = 1;
             else if (mili_main(p->base)->plan->step == n->plan->step) mili_main(p->base)->plan->uses++;      // in its own group
+            else p->later = 1;
         }
     }
     for (int64_t i = plan->update_begin; i < plan->update_end; i++) tape->update[i].value->plan->base->plan->stored = 1;
+    // A light node is computed again where that needs nothing stored that would not be stored anyway.
+    for (int64_t i = tape->ran; i < tape->count; i++) {
+        mil_node *n = tape->node[i];
+        if (!mili_runs(n) || n->kind != MIL_KIND_ROWS || !(n->op->flags & MILI_OP_LIGHT) || n->plan->stored || n->second || n->rows <= MILI_TILE_ROWS) continue;
+        int again = 1;
+        for (int j = 0; j < n->input_count; j++) {
+            const mil_node *in = n->input[j]->plan->base;
+            if (in->kind == MIL_KIND_LEAF || in->index < tape->ran || !(n->row_inputs >> j & 1)) continue;
+            again &= mili_reads_rows(n, j) && (in->plan->stored || in->plan->later || in->plan->again || in->op->flags & MILI_OP_CHEAP);
+        }
+        n->plan->again = again;
+    }
 }
 
 // Whether what n reads as input j is computed again for n in step s.
@@ -4580,7 +4595,7 @@ MILI_FN mil_node *mili_to_copy(const mil_tape *tape, const mil_node *n, int j, i
     mil_node *made = base->op == &mili_op_second ? base->input[0] : n->input[j]->plan->base;
     if (made->plan->step >= s) return NULL;
     const int source = made->op->flags & MILI_OP_SOURCE && (made->op->flags & MILI_OP_CHEAP || made->plan->uses == 0);
-    return source || (tape->options & (1u << MIL_TAPE_RECOMPUTE) && made->rows > MILI_TILE_ROWS) ? made : NULL;
+    return source || made->plan->again || (tape->options & (1u << MIL_TAPE_RECOMPUTE) && made->rows > MILI_TILE_ROWS) ? made : NULL;
 }
 
 MILI_FN mil_node *mili_copy_node(mil_tape *tape, mili_plan *plan, const mil_node *n, int s, int own_plan)
@@ -5484,6 +5499,7 @@ MIL_DEF mil_status mil_node_read(mil_node *node, void *dst, int64_t count)
 #define MILI_GRAD(f) f
 #endif
 #define MILI_ROWS_OP(name, run, grad) MIL_OP_ROWS(name, run, MILI_GRAD(grad))
+#define MILI_LIGHT_OP(name, run, grad) { name, run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, MILI_GRAD(grad), MILI_OP_LIGHT }
 #define MILI_WHOLE_OP(name, run, grad) MILI_ROWS_OP(name, run, grad)
 #define MILI_REDUCE_OP(name, state, begin, step, merge, finish, grad) \
     MIL_OP_REDUCE(name, state, begin, step, merge, finish, MILI_GRAD(grad))
@@ -5724,7 +5740,7 @@ MILI_FN void mili_unary_grad(mil_node *n, mil_node *dy)
 }
 #endif
 
-#define MILI_UNARY_ROW(name, text) MILI_ROWS_OP(#name, mili_unary_run, mili_unary_grad),
+#define MILI_UNARY_ROW(name, text) MILI_LIGHT_OP(#name, mili_unary_run, mili_unary_grad),
 static const mil_op mili_unary_ops[] = { MIL_UNARY_LIST(MILI_UNARY_ROW) MILI_UNARY_EXTRA(MILI_UNARY_ROW) };
 #undef MILI_UNARY_ROW
 
@@ -5929,7 +5945,7 @@ MILI_FN void mili_binary_grad(mil_node *n, mil_node *dy)
 }
 #endif
 
-#define MILI_BINARY_ROW(name) MILI_ROWS_OP(#name, mili_binary_run, mili_binary_grad),
+#define MILI_BINARY_ROW(name) MILI_LIGHT_OP(#name, mili_binary_run, mili_binary_grad),
 static const mil_op mili_binary_ops[] = { MILI_BINARY_LIST(MILI_BINARY_ROW) };
 #undef MILI_BINARY_ROW
 
@@ -7231,14 +7247,20 @@ MILI_FN void mili_random_run(const mil_exec *x)
     const mil_node *n = x->node;
     const mil_tape *tape = n->tape;
     const uint64_t stream = (uint64_t)n->i[1] ^ mili_mix(tape->step);
-    const int64_t first = x->row * n->cols;
-    for (int64_t i = 0; i < x->rows * n->cols; i++) {
-        const uint64_t at = (uint64_t)(first + i);
-        MILI_OUT(x)[i] = (mil_real)(n->i[0] ? mili_random_gauss(tape->seed, stream, at) : mili_random_unit(tape->seed, stream, at));
-        if (!n->i[0] && MILI_OUT(x)[i] >= 1) MILI_OUT(x)[i] = (mil_real)(1 - 1.0 / 16777216);        // rounded up to 1
+    const uint64_t seed = tape->seed, first = (uint64_t)(x->row * n->cols);
+    const int64_t count = x->rows * n->cols;
+    mil_real *y = MILI_OUT(x);
+    if (n->i[0]) {
+        for (int64_t i = 0; i < count; i++) y[i] = (mil_real)mili_random_gauss(seed, stream, first + (uint64_t)i);
+        return;
+    }
+    const mil_real most = (mil_real)(1 - 1.0 / 16777216);  // for what would be rounded up to 1
+    for (int64_t i = 0; i < count; i++) {
+        const mil_real u = (mil_real)mili_random_unit(seed, stream, first + (uint64_t)i);
+        y[i] = u < 1 ? u : most;
     }
 }
-static const mil_op mili_op_random = { "random", mili_random_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, MILI_OP_SOURCE };
+static const mil_op mili_op_random = { "random", mili_random_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, MILI_OP_SOURCE | MILI_OP_LIGHT };
 
 MILI_FN void mili_permutation_run(const mil_exec *x)       // Fisher and Yates
 {
@@ -17036,7 +17058,9 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_AVX512
 #undef MILI_AVX512_ROWS
 #undef MILI_BIG_ENDIAN
+#undef MILI_BINARY_ENUM
 #undef MILI_BINARY_LIST
+#undef MILI_BINARY_ROW
 #undef MILI_CHUNK_HEAD
 #undef MILI_CLAM_OPTIONS
 #undef MILI_CONVERT
@@ -17058,11 +17082,16 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_DEFINE_ZIP
 #undef MILI_DFTD_OPTIONS
 #undef MILI_DSMIL_OPTIONS
+#undef MILI_DTYPE_ENUM
+#undef MILI_DTYPE_NAME
+#undef MILI_DTYPE_SIZE
 #undef MILI_EACH
 #undef MILI_EACH_GRAD
 #undef MILI_ENCODERS
+#undef MILI_ENCODER_ROW
 #undef MILI_ERROR_SIZE
 #undef MILI_FN
+#undef MILI_FOREIGN_BITS
 #undef MILI_FOREIGN_DTYPE_LIST
 #undef MILI_GEMM_BLOCK
 #undef MILI_GRAD
@@ -17080,7 +17109,9 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_KNN_KEYS
 #undef MILI_KNN_QUERIES
 #undef MILI_LANES
+#undef MILI_LIGHT_OP
 #undef MILI_LOCK
+#undef MILI_LOSS_ENUM
 #undef MILI_MAX
 #undef MILI_MAX_BLOCKS
 #undef MILI_MAX_SLOTS
@@ -17094,6 +17125,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_NR_MAX
 #undef MILI_OPS
 #undef MILI_OPTION_ROW
+#undef MILI_OP_POINTER
 #undef MILI_OS_CLOSE
 #undef MILI_OS_FSTAT
 #undef MILI_OS_MAP
@@ -17126,8 +17158,14 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_REAL_NAME_double
 #undef MILI_REAL_NAME_float
 #undef MILI_REDUCE_OP
+#undef MILI_REDUCTION_ENUM
 #undef MILI_REDUCTION_LIST
+#undef MILI_REDUCTION_ROW
 #undef MILI_RESTRICT
+#undef MILI_RESULT_ENUM
+#undef MILI_RESULT_NAME
+#undef MILI_ROOM
+#undef MILI_ROW
 #undef MILI_ROWS_1
 #undef MILI_ROWS_12
 #undef MILI_ROWS_2
@@ -17142,6 +17180,9 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_RRT_OPTIONS
 #undef MILI_SHAPE
 #undef MILI_STATE_VERSION
+#undef MILI_STATUS_ENUM
+#undef MILI_STATUS_NAME
+#undef MILI_STATUS_TEXT
 #undef MILI_STREAM_MAX
 #undef MILI_TENSORS_MAX_HEADER
 #undef MILI_TENSORS_META
@@ -17152,9 +17193,15 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_TIERS_ARM
 #undef MILI_TIERS_X86
 #undef MILI_TILES
+#undef MILI_TRAIN_MEMBER
+#undef MILI_TRAIN_ROW
 #undef MILI_TRANSFORMER_OPTIONS
 #undef MILI_TRANSMIL_OPTIONS
+#undef MILI_UNARY_DECLARE
+#undef MILI_UNARY_DEFINE
+#undef MILI_UNARY_ENUM
 #undef MILI_UNARY_EXTRA
+#undef MILI_UNARY_ROW
 #undef MILI_UNLOCK
 #undef MILI_UNUSED
 #undef MILI_WAIT
@@ -17164,6 +17211,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_WINDOWS
 #undef MILI_WRITER_ROOM
 #undef MILI_WRITER_TRIES
+#undef MILI_X
 #undef mili_cos
 #undef mili_erf
 #undef mili_erfc
