@@ -82,6 +82,7 @@
 //   MIL_NO_SIMD           off          plain C kernels only
 //   MIL_NO_TRAINING       off          no gradients, losses, optimizers, trainer: about a third of the code
 //   MIL_NO_METRICS        off          no metrics
+//   MIL_ONLY_MODELS       off          only the models named by MIL_MODEL_ABMIL, MIL_MODEL_CLAM, ... are known to mil_create
 //   MIL_USE_CBLAS         off          matrix products by cblas_sgemm / cblas_dgemm; results may then depend on threads
 //   MIL_KEEP_PRIVATE_MACROS  off       leaves the MILI_ macros defined after the implementation, for tests of private parts
 
@@ -849,6 +850,12 @@ MIL_API int64_t mil_scorer_instances(const mil_scorer *scorer);                 
 MIL_API int64_t    mil_scorer_count(mil_scorer *scorer, mil_result result);
 MIL_API mil_status mil_scorer_read(mil_scorer *scorer, mil_result result, mil_real *dst, int64_t count);
 MIL_API mil_status mil_scorer_read_f64(mil_scorer *scorer, mil_result result, double *dst, int64_t count);
+
+// Checks that this build computes on this machine what it should: the weights of a small abmil from their seed, its logits
+// for a known bag against stored ones and against a plain loop in double, a stream against the whole bag (same bits), a file
+// in memory written and read again (same bits). Call it at start-up; it takes a few milliseconds and about 1 MB for the time.
+// Errors: MIL_ERROR_NUMERIC (the sentence names the check), MIL_ERROR_NO_MEMORY, MIL_ERROR_UNKNOWN when abmil was left out.
+MIL_API mil_status mil_selftest(mil_context *ctx);
 
 #ifndef MIL_NO_TRAINING
 // ==== >>training: losses, optimizers, one call per step ===========================================================
@@ -14255,31 +14262,51 @@ MILI_FN void mili_rrt_forward(const void *model, const void *config, const mil_i
 }
 
 // ---- the registry: a row per model ----
+// With MIL_ONLY_MODELS only those rows are there whose MIL_MODEL_ macro is defined; what they alone use is then dropped, by the
+// linker (-ffunction-sections -Wl,--gc-sections) or, with MIL_STATIC, by the compiler.
 #define MILI_ROW(name, title, citation, prefix, T, configs, head, flags) \
     { name, title, citation, prefix, T##_options, MILI_COUNT(T##_options), sizeof(T##_config), configs, MILI_COUNT(configs), \
       sizeof(T), head, flags, T##_declare, T##_forward }
 
 static const mil_architecture mili_architectures[] = {
+#if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_ABMIL)
     MILI_ROW("abmil", "attention pooling, one weight per patch", "Ilse, Tomczak, Welling: Attention-based Deep Multiple Instance Learning, ICML 2018",
              "model.", mili_abmil, mili_abmil_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
     MILI_ROW("abmil", "attention pooling over raw features, binary (torchmil)", "Ilse, Tomczak, Welling: Attention-based Deep Multiple Instance Learning, ICML 2018",
              "", mili_abmil_torchmil, mili_torchmil_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
+#endif
+#if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_DSMIL)
     MILI_ROW("dsmil", "max over instances beside attention to the top one of each class", "Li, Li, Eliceiri: Dual-stream Multiple Instance Learning Network, CVPR 2021",
              "model.", mili_dsmil, mili_dsmil_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
+#endif
+#if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_WIKG)
     MILI_ROW("wikg", "a learned graph: each patch mixes in its k best-matching patches", "Li, Chen, Chu, Sun, Guan, Han, He: Dynamic Graph Representation with Knowledge-aware Attention for Histopathology Whole Slide Image Analysis, CVPR 2024",
              "model.", mili_wikg, mili_wikg_configs, "classifier", MIL_MODEL_BATCHES),
+#endif
+#if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_CLAM)
     MILI_ROW("clam", "attention pooling with an instance loss on the most and least attended patches", "Lu, Williamson, Chen, Chen, Barbieri, Mahmood: Data-efficient and weakly supervised computational pathology on whole-slide images, Nature Biomedical Engineering 2021",
              "model.", mili_clam, mili_clam_configs, "classifier", 0),
+#endif
+#if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_DFTD)
     MILI_ROW("dftd", "two tiers of attention over random pseudo bags", "Zhang, Meng, Zhao, Qiao, Yang, Coupland, Zheng: DTFD-MIL: Double-Tier Feature Distillation Multiple Instance Learning for Histopathology Whole Slide Image Classification, CVPR 2022",
              "model.", mili_dftd, mili_dftd_configs, "classifier", 0),
+#endif
+#if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_TRANSMIL)
     MILI_ROW("transmil", "Nystrom attention with a class token and convolutional positions", "Shao et al.: TransMIL, NeurIPS 2021",
              "model.", mili_transmil, mili_base_configs, "classifier", MIL_MODEL_BATCHES),
+#endif
+#if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_TRANSFORMER)
     MILI_ROW("transformer", "transformer encoder with a class token, exact attention", "Vaswani et al.: Attention Is All You Need, NeurIPS 2017",
              "model.", mili_transformer, mili_transformer_configs, "classifier", 0),
+#endif
+#if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_ILRA)
     MILI_ROW("ilra", "attention through a few learned latents and back", "Xiang, Zhang: Exploring Low-Rank Property in Multiple Instance Learning, ICLR 2023",
              "model.", mili_ilra, mili_base_configs, "classifier", MIL_MODEL_BATCHES),
+#endif
+#if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_RRT)
     MILI_ROW("rrt", "re-embedding of patches by attention, then attention pooling", "Tang et al.: Feature Re-Embedding, CVPR 2024",
              "model.", mili_rrt, mili_base_configs, "classifier", MIL_MODEL_BATCHES),
+#endif
 };
 #undef MILI_ROW
 
@@ -15959,6 +15986,111 @@ MIL_DEF mil_status mil_scorer_read_f64(mil_scorer *s, mil_result result, double 
 }
 
 #ifndef MIL_NO_METRICS
+// ---- self-test ----
+enum { MILI_TEST_N = 300, MILI_TEST_D = 32, MILI_TEST_E = 16, MILI_TEST_A = 8, MILI_TEST_C = 3 };
+
+// The bag: numbers that every float type holds exactly.
+MILI_FN void mili_test_bag(float *x)
+{
+    for (int i = 0; i < MILI_TEST_N; i++)
+        for (int j = 0; j < MILI_TEST_D; j++) x[i * MILI_TEST_D + j] = (float)((i * 37 + j * 101 + i * j) % 61 - 30) / 16;
+}
+
+// y [out] = W x + b in double, W [out, in]
+MILI_FN void mili_test_linear(const mil_model *model, const char *key, const double *x, int in, int out, double *y)
+{
+    char name[64];
+    snprintf(name, sizeof name, "%s.weight", key);
+    const mil_param *w = mil_model_find(model, name);
+    snprintf(name, sizeof name, "%s.bias", key);
+    const mil_param *b = mil_model_find(model, name);
+    for (int o = 0; o < out; o++) {
+        y[o] = (double)((const mil_real *)b->data)[o];
+        for (int i = 0; i < in; i++) y[o] += (double)((const mil_real *)w->data)[o * in + i] * x[i];
+    }
+}
+
+// The logits of abmil by its equations, one instance at a time.
+MILI_FN void mili_test_reference(const mil_model *model, const float *x, double *logits)
+{
+    double row[MILI_TEST_D], h[MILI_TEST_E], v[MILI_TEST_A], u[MILI_TEST_A], score, z[MILI_TEST_E], top = -1e300, sum = 0;
+    memset(z, 0, sizeof z);
+    for (int n = 0; n < MILI_TEST_N; n++) {
+        for (int j = 0; j < MILI_TEST_D; j++) row[j] = (double)x[n * MILI_TEST_D + j];
+        mili_test_linear(model, "patch_embed.0", row, MILI_TEST_D, MILI_TEST_E, h);
+        for (int e = 0; e < MILI_TEST_E; e++) h[e] = h[e] > 0 ? h[e] : 0;
+        mili_test_linear(model, "global_attn.attention_a.0", h, MILI_TEST_E, MILI_TEST_A, v);
+        mili_test_linear(model, "global_attn.attention_b.0", h, MILI_TEST_E, MILI_TEST_A, u);
+        for (int a = 0; a < MILI_TEST_A; a++) v[a] = tanh(v[a]) / (1 + exp(-u[a]));
+        mili_test_linear(model, "global_attn.attention_c", v, MILI_TEST_A, 1, &score);
+        const double fade = score > top ? exp(top - score) : 1, weight = score > top ? 1 : exp(score - top);
+        for (int e = 0; e < MILI_TEST_E; e++) z[e] = z[e] * fade + weight * h[e];
+        sum = sum * fade + weight;
+        if (score > top) top = score;
+    }
+    for (int e = 0; e < MILI_TEST_E; e++) z[e] /= sum;
+    mili_test_linear(model, "classifier", z, MILI_TEST_E, MILI_TEST_C, logits);
+}
+
+// Scores the bag in pushes of `first` and the rest (0: whole).
+MILI_FN mil_status mili_test_score(mil_model *model, const float *x, int64_t first, mil_real *logits)
+{
+    mil_scorer *s = mil_scorer_create(model, NULL);
+    if (!s) return model->ctx->status;
+    const mil_bag bag = mil_bag_make(x, MILI_TEST_N, MILI_TEST_D);
+    if (first ? mil_scorer_push(s, x, first, 0, MIL_F32) == MIL_OK && mil_scorer_push(s, x + first * MILI_TEST_D, MILI_TEST_N - first, 0, MIL_F32) == MIL_OK
+              : mil_scorer_score(s, &bag) == MIL_OK)
+        mil_scorer_read(s, MIL_LOGITS, logits, MILI_TEST_C);
+    mil_scorer_free(s);
+    return model->ctx->status;
+}
+
+MIL_DEF mil_status mil_selftest(mil_context *ctx)
+{
+    static const double stored[MILI_TEST_C] = { 3.01282810, 0.93454037, 0.18427203 };
+    const size_t bag_bytes = MILI_TEST_N * MILI_TEST_D * sizeof(float);
+    const double tolerance = MIL_REAL_IS_FLOAT ? 2e-5 : 1e-10;
+    mil_real whole[MILI_TEST_C], other[MILI_TEST_C];
+    double reference[MILI_TEST_C];
+    size_t size = 0;
+    void *file = NULL;
+    mil_model *copy = NULL;
+    if (!ctx) return MIL_ERROR_ARGUMENT;
+    mil_model *model = mil_create(ctx, "abmil", "in_dim=32 embed_dim=16 attn_dim=8 num_classes=3");
+    if (!model) return ctx->status;
+    float *x = (float *)mili_alloc(ctx, bag_bytes);
+    if (!x || mil_model_init(model, 1) != MIL_OK) goto done;
+    if (!mili_host_memory(ctx)) {                          // the plain loop reads the weights where they are
+        mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "self-test: backend %s keeps its own memory; test a context of the CPU", ctx->backend->name);
+        goto done;
+    }
+    mili_test_bag(x);
+    mili_test_reference(model, x, reference);
+    if (mili_test_score(model, x, 0, whole) != MIL_OK) goto done;
+    for (int c = 0; c < MILI_TEST_C; c++) {
+        const double off = fabs(reference[c] - stored[c]), err = fabs((double)whole[c] - reference[c]);
+        if (!mili_is_finite_f64(off) || off > 1e-6) { mili_fail(ctx, MIL_ERROR_NUMERIC, "self-test: weights or libm: logit %d is %.9g, not %.9g", c, reference[c], stored[c]); goto done; }
+        if (!mili_is_finite(whole[c]) || err > tolerance) {
+            mili_fail(ctx, MIL_ERROR_NUMERIC, "self-test: kernels %s: logit %d is %.9g, not %.9g", mil_context_cpu(ctx), c, (double)whole[c], reference[c]);
+            goto done;
+        }
+    }
+    for (int64_t first = 1; first < MILI_TEST_N; first += 113) {
+        if (mili_test_score(model, x, first, other) != MIL_OK) goto done;
+        if (memcmp(whole, other, sizeof whole) != 0) { mili_fail(ctx, MIL_ERROR_NUMERIC, "self-test: a stream cut at %lld gives other bits than the bag", (long long)first); goto done; }
+    }
+    if (mil_save_memory(model, NULL, &size) != MIL_OK || !(file = mili_alloc(ctx, size)) || mil_save_memory(model, file, &size) != MIL_OK) goto done;
+    copy = mil_open_memory(ctx, file, size);
+    if (!copy || mili_test_score(copy, x, 0, other) != MIL_OK) goto done;
+    if (memcmp(whole, other, sizeof whole) != 0) mili_fail(ctx, MIL_ERROR_NUMERIC, "self-test: weights written and read again give other logits");
+done:
+    mil_model_free(copy);
+    mili_free(ctx, file, size);
+    mili_free(ctx, x, bag_bytes);
+    mil_model_free(model);
+    return ctx->status;
+}
+
 // ==== >>metric-code: metrics ======================================================================================
 // Every metric is written once, for bags that count w[i] times (w NULL: once each). A bootstrap resample is then nothing but
 // other counts, and the scores are sorted once for all resamples.
