@@ -1789,7 +1789,7 @@ MIL_DEF const char *mil_status_name(mil_status status)
 #define MILI_STATUS_NAME(name, text) #name,
     static const char *const names[] = { MIL_STATUS_LIST(MILI_STATUS_NAME) };
 #undef MILI_STATUS_NAME
-    return (int)status >= 0 && (int)status < MILI_COUNT(names) ? names[status] : "?";
+    return (unsigned)status < (unsigned)MILI_COUNT(names) ? names[status] : "?";
 }
 
 MIL_DEF const char *mil_status_text(mil_status status)
@@ -1797,7 +1797,7 @@ MIL_DEF const char *mil_status_text(mil_status status)
 #define MILI_STATUS_TEXT(name, text) text,
     static const char *const texts[] = { MIL_STATUS_LIST(MILI_STATUS_TEXT) };
 #undef MILI_STATUS_TEXT
-    return (int)status >= 0 && (int)status < MILI_COUNT(texts) ? texts[status] : "?";
+    return (unsigned)status < (unsigned)MILI_COUNT(texts) ? texts[status] : "?";
 }
 
 MIL_DEF size_t mil_dtype_size(mil_dtype dtype)
@@ -1805,7 +1805,7 @@ MIL_DEF size_t mil_dtype_size(mil_dtype dtype)
 #define MILI_DTYPE_SIZE(name, bytes, text) bytes,
     static const unsigned char sizes[] = { MIL_DTYPE_LIST(MILI_DTYPE_SIZE) };
 #undef MILI_DTYPE_SIZE
-    return (int)dtype >= 0 && (int)dtype < MILI_COUNT(sizes) ? sizes[dtype] : 0;
+    return (unsigned)dtype < (unsigned)MILI_COUNT(sizes) ? sizes[dtype] : 0;
 }
 
 MIL_DEF const char *mil_dtype_name(mil_dtype dtype)
@@ -1813,7 +1813,7 @@ MIL_DEF const char *mil_dtype_name(mil_dtype dtype)
 #define MILI_DTYPE_NAME(name, bytes, text) text,
     static const char *const names[] = { MIL_DTYPE_LIST(MILI_DTYPE_NAME) };
 #undef MILI_DTYPE_NAME
-    return (int)dtype >= 0 && (int)dtype < MILI_COUNT(names) ? names[dtype] : "?";
+    return (unsigned)dtype < (unsigned)MILI_COUNT(names) ? names[dtype] : "?";
 }
 
 MIL_DEF mil_tensor mil_tensor_make(const void *data, mil_dtype dtype, int rank, const int64_t *shape)
@@ -9132,9 +9132,9 @@ MIL_DEF mil_node *mil_nystrom_forward(const mil_nystrom_layer *layer, mil_node *
     mil_node *y = mili_attention_record(q, k_marks, values, H, scale, exist, 0, 0, NULL);      // [B, rows, H d]
     if (mask) y = mili_where_row(y, mask, mil_mean(values, 1));
     if (layer->conv) {
-        mil_node *near = v;                                // the rows that the wanted ones can see
-        if (first == 0 && rows + o->taps < n) near = mili_stacked_linear(mili_first_rows(whole, rows + o->taps), layer->qkv, layer->qkv_bias, 2, 3);
-        mil_node *c = mil_conv_rows(near, mil_use(x->tape, layer->conv), NULL, o->taps / 2);
+        mil_node *nearest = v;                                // the rows that the wanted ones can see
+        if (first == 0 && rows + o->taps < n) nearest = mili_stacked_linear(mili_first_rows(whole, rows + o->taps), layer->qkv, layer->qkv_bias, 2, 3);
+        mil_node *c = mil_conv_rows(nearest, mil_use(x->tape, layer->conv), NULL, o->taps / 2);
         if (first == 0) c = mil_slice(c, 1, 0, rows);
         y = mil_add(y, c);
     }
@@ -11941,9 +11941,9 @@ MILI_FN mil_status mili_option_apply(mil_context *ctx, const mil_option *table, 
 {
     const mil_option *o = mili_option_find(table, count, key);
     if (!o) {
-        mili_nearest near = { key, NULL, 0 };
-        for (int i = 0; i < count; i++) mili_nearest_try(&near, table[i].name);
-        return mili_fail(ctx, MIL_ERROR_UNKNOWN, "%s: no option %s; did you mean \"%s\"?", what, mili_quote_n(key, strlen(key)).text, near.best ? near.best : "");
+        mili_nearest nearest = { key, NULL, 0 };
+        for (int i = 0; i < count; i++) mili_nearest_try(&nearest, table[i].name);
+        return mili_fail(ctx, MIL_ERROR_UNKNOWN, "%s: no option %s; did you mean \"%s\"?", what, mili_quote_n(key, strlen(key)).text, nearest.best ? nearest.best : "");
     }
     const char *expected = "";
     if (mili_option_set(o, config, value, &expected)) return MIL_OK;
@@ -12324,9 +12324,9 @@ MILI_FN mil_model *mili_model_new(mil_context *ctx, const char *name, const char
     if (!in_dim) {
         int count;
         const mili_encoder *table = mili_encoders(&count);
-        mili_nearest near = { parts.part[2], NULL, 0 };
-        for (int i = 0; i < count; i++) mili_nearest_try(&near, table[i].name);
-        mili_fail(ctx, MIL_ERROR_UNKNOWN, "no encoder %s; did you mean \"%s\"?", mili_quote_n(parts.part[2], strlen(parts.part[2])).text, near.best);
+        mili_nearest nearest = { parts.part[2], NULL, 0 };
+        for (int i = 0; i < count; i++) mili_nearest_try(&nearest, table[i].name);
+        mili_fail(ctx, MIL_ERROR_UNKNOWN, "no encoder %s; did you mean \"%s\"?", mili_quote_n(parts.part[2], strlen(parts.part[2])).text, nearest.best);
         return NULL;
     }
 
@@ -13440,8 +13440,8 @@ MILI_FN void mili_wikg_forward(const void *model, const void *config, const mil_
     mil_node *h = mil_relu(mil_linear_forward(&m->embed, in->features));                       // [B, N, E]
     h = mil_affine(mil_add(h, mil_mean(h, 1)), 0.5, 0);
     mil_node *e = mil_linear_forward(&m->head, h), *tail = mil_linear_forward(&m->tail, h);    // [B, N, E]
-    mil_node *near = mil_nearest(e, tail, k);                                                  // [B, N, k] indices
-    for (int64_t j = 0; j < k; j++) t[j] = mil_gather_rows(tail, mili_column(near, j));        // [B, N, E]
+    mil_node *nearest = mil_nearest(e, tail, k);                                                  // [B, N, k] indices
+    for (int64_t j = 0; j < k; j++) t[j] = mil_gather_rows(tail, mili_column(nearest, j));        // [B, N, E]
     mil_node *p = mili_wikg_weights(e, t, NULL, k, 1 / sqrt((double)c->embed_dim), score);     // [B, N, k]
     mil_node *q = mili_wikg_weights(e, t, p, k, 1, score);                                     // [B, N, k]
     mil_node *n = mil_mul(t[0], mili_column(q, 0));                                            // [B, N, E]
@@ -13467,7 +13467,7 @@ MILI_FN void mili_wikg_forward(const void *model, const void *config, const mil_
 
     p = mil_detach(p);
     for (int64_t j = 0; j < k; j++) {                                                          // [B, N, N], k entries a row
-        mil_node *hot = mil_mul(mil_one_hot(mil_squeeze(mili_column(near, j), 2), N), mili_column(p, j));
+        mil_node *hot = mil_mul(mil_one_hot(mil_squeeze(mili_column(nearest, j), 2), N), mili_column(p, j));
         out->attention = j ? mil_add(out->attention, hot) : hot;
     }
 }
@@ -15347,7 +15347,7 @@ MIL_DEF const char *mil_result_name(mil_result result)
 #define MILI_RESULT_NAME(name, key, text) key,
     static const char *const names[] = { MIL_RESULT_LIST(MILI_RESULT_NAME) };
 #undef MILI_RESULT_NAME
-    return (int)result >= 0 && (int)result < MILI_COUNT(names) ? names[result] : "?";
+    return (unsigned)result < (unsigned)MILI_COUNT(names) ? names[result] : "?";
 }
 
 // Keeps what will be read: logits always, the rest as asked for.
@@ -15878,7 +15878,7 @@ MIL_DEF mil_status mil_scorer_score(mil_scorer *s, const mil_bag *bag)
 
 MILI_FN mil_node *mili_scorer_node(mil_scorer *s, mil_result result)
 {
-    if ((int)result < 0 || result >= MIL_RESULT_COUNT) return NULL;
+    if ((unsigned)result >= (unsigned)MIL_RESULT_COUNT) return NULL;
     return s->node[s->streamed][result == MIL_PROBABILITIES ? MIL_LOGITS : result];
 }
 
@@ -15934,7 +15934,7 @@ MILI_FN void mili_probabilities_f64(double *p, const mil_real *x, int64_t C)
 MILI_FN mil_status mili_scorer_read(mil_scorer *s, mil_result result, mil_real *dst, double *wide, int64_t count)
 {
     mil_context *ctx = s->ctx;
-    if ((int)result < 0 || result >= MIL_RESULT_COUNT) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_read: %d is no result", (int)result);
+    if ((unsigned)result >= (unsigned)MIL_RESULT_COUNT) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_read: %d is no result", (int)result);
     if (s->streamed ? s->refused : s->results_at < 0) return mili_fail(ctx, MIL_ERROR_STATE, "mil_scorer_read: no bag has been scored");
     if (s->streamed && mili_scorer_finish(s) != MIL_OK) return ctx->status;
     mil_node *n = mili_scorer_node(s, result);
@@ -15985,7 +15985,6 @@ MIL_DEF mil_status mil_scorer_read_f64(mil_scorer *s, mil_result result, double 
     return mili_scorer_read(s, result, NULL, dst, count);
 }
 
-#ifndef MIL_NO_METRICS
 // ---- self-test ----
 enum { MILI_TEST_N = 300, MILI_TEST_D = 32, MILI_TEST_E = 16, MILI_TEST_A = 8, MILI_TEST_C = 3 };
 
@@ -16091,6 +16090,7 @@ done:
     return ctx->status;
 }
 
+#ifndef MIL_NO_METRICS
 // ==== >>metric-code: metrics ======================================================================================
 // Every metric is written once, for bags that count w[i] times (w NULL: once each). A bootstrap resample is then nothing but
 // other counts, and the scores are sorted once for all resamples.
@@ -16103,7 +16103,7 @@ static const struct { const char *name; int sign; const char *meaning; } mili_me
 #undef MILI_X
 };
 
-MILI_FN int mili_metric_exists(mil_metric which) { return (int)which >= 0 && (int)which < (int)MIL_METRIC_COUNT; }
+MILI_FN int mili_metric_exists(mil_metric which) { return (unsigned)which < (unsigned)MIL_METRIC_COUNT; }
 
 MIL_DEF const char *mil_metric_name(mil_metric which)
 {
