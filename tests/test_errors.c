@@ -245,7 +245,8 @@ TEST(a_failing_call_replaces_the_sentence_of_an_earlier_one)
 // The table above is complete: every `MIL_API mil_status` of the header stands in it.
 TEST(every_function_that_returns_a_status_is_called)
 {
-    static const char *const others[] = { "mil_context_create", "mil_error_status", "mil_model_init" };     // no context yet; a question; fails by memory alone
+    // no context yet; a question; fails by memory alone; has a test of its own (test_selftest)
+    static const char *const others[] = { "mil_context_create", "mil_error_status", "mil_model_init", "mil_selftest" };
     FILE *header = fopen("mil.h", "rb");
     char line[512], name[64];
     int found = 0;
@@ -254,7 +255,7 @@ TEST(every_function_that_returns_a_status_is_called)
         int known = 0;
         if (sscanf(line, "MIL_API mil_status %63[a-z0-9_](", name) != 1) continue;
         for (int i = 0; i < CALLS; i++) known |= strcmp(calls[i].name, name) == 0;
-        for (int i = 0; i < 3; i++) known |= strcmp(others[i], name) == 0;
+        for (int i = 0; i < 4; i++) known |= strcmp(others[i], name) == 0;
         if (!known) printf("%s is not called\n", name);
         CHECK(known);
         found++;
