@@ -3769,6 +3769,7 @@ struct mil_tape {
 
 // What the planner and the executor know of a node.
 typedef struct mili_plan_node {
+    mil_node *again;                                       // this source recorded once more, in a later run
     mil_node *converted[2];                                // this foreign-dtype input as mil_real, as index
     mil_node *base;                                        // whose memory this is: itself, or for a view the first non-view below
     int       stage, group, latest;
@@ -3781,7 +3782,7 @@ typedef struct mili_plan_node {
     struct mili_plan_node *next_copy;                      // of a plan's list of copies
     mil_node *node;                                        // a copy's node
     int       place;                                       // MILI_PLACE_*
-    int       run;                                         // the workspace it lies in
+    int64_t   home;                                        // inputs in a backend's memory: 1 + the first node of the run that holds them
     size_t    offset, bytes;                               // in the workspace, or within a slot for a tile
     size_t    state_offset, state_bytes;                   // reductions: of partition 0, of one partition
     size_t    prepared_offset, prepared_bytes;
@@ -4016,17 +4017,48 @@ MILI_FN mil_node *mili_node_new(mil_tape *tape, const mil_op *op, mil_kind kind,
     return n;
 }
 
+MILI_FN mil_node *mili_record(mil_tape *tape, const mil_spec *spec);
+
+// A node to read `in` from: itself, but what an earlier run converted or drew and did not keep is recorded once more.
+MILI_FN mil_node *mili_present(mil_tape *tape, mil_node *in)
+{
+    mil_node *base = in->plan->base, *again = base->plan->again;
+    if (base->index >= tape->ran || !(base->op->flags & MILI_OP_SOURCE) || base->flags & MILI_KEPT) return in;
+    mil_spec s;
+    memset(&s, 0, sizeof s);
+    if (!again || again->index < tape->ran) {
+        s = mil_spec_make(base->op, base->kind, base->rank, base->shape);
+        s.dtype = base->dtype;
+        s.input_count = base->input_count;
+        for (int i = 0; i < base->input_count; i++) s.input[i] = base->input[i];
+        s.row_inputs = base->row_inputs;
+        memcpy(s.i, base->i, sizeof s.i);
+        memcpy(s.r, base->r, sizeof s.r);
+        s.p = base->p;
+        again = base->plan->again = mili_record(tape, &s);
+    }
+    if (in == base || !again) return again;
+    s = mil_spec_make(in->op, MIL_KIND_VIEW, in->rank, in->shape);
+    s.dtype = in->dtype;
+    s.input_count = 1;
+    s.input[0] = again;
+    return mili_record(tape, &s);
+}
+
 // Records a node from a spec as it is.
 MILI_FN mil_node *mili_record(mil_tape *tape, const mil_spec *spec)
 {
     if (!tape || tape->status != MIL_OK) return NULL;
     if (!spec || !spec->op || !spec->op->name) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_record: no op");
     const char *name = spec->op->name;
+    mil_node *input[MIL_MAX_INPUTS];
     if (spec->input_count < 0 || spec->input_count > MIL_MAX_INPUTS)
         return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: %d inputs, the most is %d", name, spec->input_count, MIL_MAX_INPUTS);
     for (int i = 0; i < spec->input_count; i++) {
         if (!spec->input[i]) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: input %d is NULL", name, i);
         if (spec->input[i]->tape != tape) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: input %d is of another tape", name, i);
+        input[i] = mili_present(tape, spec->input[i]);
+        if (!input[i]) return NULL;
     }
     mil_node *n = mili_node_new(tape, spec->op, spec->kind, spec->dtype, spec->rank, spec->shape);
     if (!n) return NULL;
@@ -4038,7 +4070,7 @@ MILI_FN mil_node *mili_record(mil_tape *tape, const mil_spec *spec)
     n->p = spec->p;
     int wants = 0;
     for (int i = 0; i < spec->input_count; i++) {
-        n->input[i] = spec->input[i];
+        n->input[i] = input[i];
         wants |= (spec->input[i]->flags & MILI_WANTS_GRAD) != 0;
     }
     if (spec->kind == MIL_KIND_VIEW) n->plan->base = n->input[0]->plan->base;
@@ -4891,9 +4923,10 @@ MILI_FN mili_plan *mili_make_plan(mil_tape *tape)
         }
     }
     if (ok && !mili_host_memory(ctx))                      // inputs are copied to the backend
-        for (int64_t i = tape->ran; i < tape->count; i++) {
+        for (int64_t i = 0; i < tape->count; i++) {
             mil_node *n = tape->node[i];
-            if (n->op != &mili_op_input || !(n->flags & MILI_NEEDED)) continue;
+            if (n->op != &mili_op_input || !(n->flags & MILI_NEEDED) || (n->plan->home && n->plan->home <= tape->ran)) continue;
+            n->plan->home = tape->ran + 1;
             n->plan->bytes = mili_node_bytes(n);
             mili_add_span(span, &count, n->plan->bytes, &n->plan->offset, 0, end);
         }
@@ -5283,6 +5316,25 @@ MILI_FN mil_status mili_run_on_backend(mil_context *ctx, mil_node *n)
 }
 
 // ---- a run ----
+// To the backend's memory, packed.
+MILI_FN mil_status mili_upload_input(mil_context *ctx, mil_node *n)
+{
+    const mil_tensor *t = (const mil_tensor *)n->p;
+    if (mili_tensor_packed(t)) return mili_upload(ctx, n->data, t->data, mili_node_bytes(n));
+    const size_t bytes = mili_node_bytes(n), size = mil_dtype_size(t->dtype);
+    char *packed = (char *)mili_alloc(ctx, bytes);
+    if (!packed) return bytes ? ctx->status : MIL_OK;
+    for (int64_t i = 0; i < n->count; i++) {
+        const char *src = (const char *)t->data;
+        int64_t at = i;
+        for (int a = t->rank - 1; a >= 0; a--) { src += at % t->shape[a] * t->stride[a]; at /= t->shape[a]; }
+        memcpy(packed + (size_t)i * size, src, size);
+    }
+    mili_upload(ctx, n->data, packed, bytes);
+    mili_free(ctx, packed, bytes);
+    return ctx->status;
+}
+
 // Points every node to its memory.
 MILI_FN mil_status mili_bind(mil_tape *tape, mili_plan *plan)
 {
@@ -5292,12 +5344,10 @@ MILI_FN mil_status mili_bind(mil_tape *tape, mili_plan *plan)
         if (!(n->flags & MILI_NEEDED)) continue;
         if (n->op == &mili_op_param) n->data = mili_node_param(n)->data;
         else if (n->op == &mili_op_input) {
-            n->data = mili_input_tensor(n)->data;
-            if (!mili_host_memory(ctx) && i >= plan->begin) {
+            if (mili_host_memory(ctx)) n->data = mili_input_tensor(n)->data;
+            else if (n->plan->home == plan->begin + 1) {
                 n->data = plan->memory + n->plan->offset;
-                if (!mili_tensor_packed((const mil_tensor *)n->p))
-                    return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "backend %s: inputs must be packed", ctx->backend->name);
-                if (mili_upload(ctx, n->data, mili_input_tensor(n)->data, mili_node_bytes(n)) != MIL_OK) return ctx->status;
+                if (mili_upload_input(ctx, n) != MIL_OK) return ctx->status;
             }
         } else if (n->kind == MIL_KIND_VIEW) n->data = n->plan->base->data;
         else if (i >= plan->begin) {
@@ -5599,6 +5649,7 @@ MILI_FN void mili_convert_run(const mil_exec *x)
     const mil_node *n = x->node, *leaf = n->input[0];
     mil_tensor t = *(const mil_tensor *)leaf->p;
     int64_t stride[MIL_MAX_RANK];
+    if (!mili_host_memory(x->ctx)) memset(t.stride, 0, sizeof t.stride);      // packed when it was uploaded
     mili_tensor_strides(&t, stride);
     const int64_t cols = n->cols, step = t.rank ? stride[t.rank - 1] : 0, width = (int64_t)mil_dtype_size(t.dtype);
     for (int64_t r = 0; r < x->rows; r++) {
