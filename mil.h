@@ -3769,7 +3769,7 @@ struct mil_tape {
 
 // What the planner and the executor know of a node.
 typedef struct mili_plan_node {
-    mil_node *again;                                       // this source recorded once more, in a later run
+    mil_node *present;                                     // this source recorded once more, in a later run
     mil_node *converted[2];                                // this foreign-dtype input as mil_real, as index
     mil_node *base;                                        // whose memory this is: itself, or for a view the first non-view below
     int       stage, group, latest;
@@ -4022,7 +4022,7 @@ MILI_FN mil_node *mili_record(mil_tape *tape, const mil_spec *spec);
 // A node to read `in` from: itself, but what an earlier run converted or drew and did not keep is recorded once more.
 MILI_FN mil_node *mili_present(mil_tape *tape, mil_node *in)
 {
-    mil_node *base = in->plan->base, *again = base->plan->again;
+    mil_node *base = in->plan->base, *again = base->plan->present;
     if (base->index >= tape->ran || !(base->op->flags & MILI_OP_SOURCE) || base->flags & MILI_KEPT) return in;
     mil_spec s;
     memset(&s, 0, sizeof s);
@@ -4035,7 +4035,7 @@ MILI_FN mil_node *mili_present(mil_tape *tape, mil_node *in)
         memcpy(s.i, base->i, sizeof s.i);
         memcpy(s.r, base->r, sizeof s.r);
         s.p = base->p;
-        again = base->plan->again = mili_record(tape, &s);
+        again = base->plan->present = mili_record(tape, &s);
     }
     if (in == base || !again) return again;
     s = mil_spec_make(in->op, MIL_KIND_VIEW, in->rank, in->shape);
