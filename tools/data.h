@@ -11,7 +11,7 @@ TOOL_FN float half_value(uint16_t h)
 {
     const int exponent = h >> 10 & 31, fraction = h & 1023;
     const double sign = h & 0x8000 ? -1 : 1;
-    if (exponent == 31) return fraction ? (float)NAN : (float)(sign * INFINITY);
+    if (exponent == 31) return fraction ? (float)NAN : (float)(sign * (double)INFINITY);
     return (float)(sign * (exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24)));
 }
 

@@ -355,7 +355,7 @@ TOOL_FN void fit_run(fit *f, progress *p)
         const int better = !f->val_count || f->best_epoch == 0 || value > f->best_value;
         if (better) {
             f->best_epoch = f->epoch;
-            f->best_value = isnan(value) ? -INFINITY : value;
+            f->best_value = isnan(value) ? -(double)INFINITY : value;
             f->temperature = 1;
             if (f->val_count) tool_check(f->ctx, mil_temperature_fit(f->ctx, logits, labels, f->val_count, f->logits, &f->temperature, NULL));
             if (!(f->temperature >= 0.25)) f->temperature = 0.25;      // few bags, all of them right, would have it go to 0

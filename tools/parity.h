@@ -299,7 +299,7 @@ typedef struct replay_function { const char *name; void (*run)(replay *r); } rep
 TOOL_FN double replay_input(const replay *r, const char *name, int64_t i)
 {
     const mil_tensor *t = mil_tensors_get(r->file, name);
-    return t && i < mil_tensor_count(t) ? tensor_value(t, i) : NAN;
+    return t && i < mil_tensor_count(t) ? tensor_value(t, i) : (double)NAN;
 }
 
 TOOL_FN void replay_out(replay *r, const char *name, const double *x, int64_t count)           // one result, if the case has it
