@@ -4376,8 +4376,66 @@ struct mili_plan {
 // A piece of memory that is taken from step `first` to step `last`.
 typedef struct mili_span { size_t bytes; size_t *offset; int first, last; } mili_span;
 
+// Sizes beyond this are not added up any further, so that no sum of two wraps.
+#define MILI_MOST_BYTES (SIZE_MAX / 2 - 64)
+MILI_INLINE size_t mili_times(size_t a, size_t b)
+{
+    size_t product;
+    return mili_mul_size(a, b, &product) && product < MILI_MOST_BYTES ? product : MILI_MOST_BYTES;
+}
+
+// The many small spans of a tape with thousands of nodes, above `base`: step by step, each into the tightest gap that is free
+// then. Linear, where looking at all that live at the same time would be quadratic. `list` is sorted by size.
+MILI_FN size_t mili_pack_in_turn(mil_tape *tape, const mili_span *span, const int *list, int count, size_t base)
+{
+    typedef struct mili_gap { size_t begin, end; } mili_gap;
+    int steps = 0, gaps = 0, ended = 0;
+    size_t top = base;
+    for (int i = 0; i < count; i++) steps = MILI_MAX(steps, span[list[i]].last + 1);
+    int *turn = (int *)mili_arena_alloc(tape->ctx, &tape->arena, (size_t)(2 * count + 2 * (steps + 1)) * sizeof *turn);
+    mili_gap *gap = (mili_gap *)mili_arena_alloc(tape->ctx, &tape->arena, ((size_t)count + 1) * sizeof *gap);
+    if (!turn || !gap) return SIZE_MAX;
+    int *end = turn + count, *at_turn = end + count, *at_end = at_turn + steps + 1;          // two counting sorts: by first and by last step
+    for (int i = 0; i < count; i++) { at_turn[span[list[i]].first + 1]++; at_end[span[list[i]].last + 1]++; }
+    for (int k = 0; k < steps; k++) { at_turn[k + 1] += at_turn[k]; at_end[k + 1] += at_end[k]; }
+    for (int i = 0; i < count; i++) { turn[at_turn[span[list[i]].first]++] = list[i]; end[at_end[span[list[i]].last]++] = list[i]; }
+    for (int i = 0; i < count; i++) {
+        const mili_span *s = &span[turn[i]];
+        for (; ended < count && span[end[ended]].last < s->first; ended++) {                 // what has ended becomes a gap
+            const size_t begin = *span[end[ended]].offset, stop = begin + span[end[ended]].bytes;
+            int k = gaps;
+            while (k > 0 && gap[k - 1].begin > begin) k--;
+            if (k > 0 && gap[k - 1].end == begin) {
+                gap[k - 1].end = stop;
+                if (k == gaps || gap[k].begin != stop) continue;
+                gap[k - 1].end = gap[k].end;
+                memmove(gap + k, gap + k + 1, (size_t)(--gaps - k) * sizeof *gap);
+            } else if (k < gaps && gap[k].begin == stop) gap[k].begin = begin;
+            else {
+                memmove(gap + k + 1, gap + k, (size_t)(gaps++ - k) * sizeof *gap);
+                gap[k].begin = begin;
+                gap[k].end = stop;
+            }
+        }
+        int best = -1;
+        for (int k = 0; k < gaps; k++) {
+            const size_t size = gap[k].end - gap[k].begin;
+            if (size >= s->bytes && (best < 0 || size < gap[best].end - gap[best].begin)) best = k;
+        }
+        if (best < 0 && gaps && gap[gaps - 1].end == top) gap[best = gaps - 1].end = MILI_MAX(top, gap[gaps - 1].begin + s->bytes);
+        *s->offset = best < 0 ? top : gap[best].begin;
+        top = MILI_MAX(top, *s->offset + s->bytes);
+        if (top > MILI_MOST_BYTES) return SIZE_MAX;
+        if (best < 0) continue;
+        gap[best].begin += s->bytes;
+        if (gap[best].begin == gap[best].end) memmove(gap + best, gap + best + 1, (size_t)(--gaps - best) * sizeof *gap);
+    }
+    return top;
+}
+
 // Gives each span an offset such that spans that live at the same time do not overlap. Largest first, each at the lowest
-// place that is free throughout its life. Returns the total, or SIZE_MAX after an allocation failure.
+// place that is free throughout its life. Returns the total, or SIZE_MAX after an error.
+enum { MILI_PACK_LARGEST = 1024 };
 MILI_FN size_t mili_pack_spans(mil_tape *tape, mili_span *span, int count, int share)
 {
     size_t total = 0;
@@ -4398,23 +4456,32 @@ MILI_FN size_t mili_pack_spans(mil_tape *tape, mili_span *span, int count, int s
             }
             order[j] = o;
         }
+    const int exact = share ? MILI_MIN(count, MILI_PACK_LARGEST) : 0;
     int n = 0;
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < exact && total != SIZE_MAX; i++) {
         mili_span *s = &span[order[i]];
         size_t at = 0;
         for (int j = 0; j < n; j++) {
             const mili_span *p = &span[placed[j]];
-            if (share && (p->last < s->first || s->last < p->first)) continue;
-            if (*p->offset >= at + s->bytes && *p->offset >= at) break;     // a gap before p is large enough
+            if (p->last < s->first || s->last < p->first) continue;
+            if (*p->offset >= at + s->bytes) break;        // a gap before p is large enough
             at = MILI_MAX(at, *p->offset + p->bytes);
         }
         *s->offset = at;
         total = MILI_MAX(total, at + s->bytes);
+        if (total > MILI_MOST_BYTES) total = SIZE_MAX;
         int j = n++;
         for (; j > 0 && *span[placed[j - 1]].offset > at; j--) placed[j] = placed[j - 1];
         placed[j] = order[i];
     }
+    if (share && exact < count && total != SIZE_MAX) total = mili_pack_in_turn(tape, span, order + exact, count - exact, total);
+    for (int i = 0; i < count && !share && total != SIZE_MAX; i++) {
+        *span[i].offset = total;
+        total += span[i].bytes;
+        if (total > MILI_MOST_BYTES) total = SIZE_MAX;
+    }
     mili_arena_release(&tape->arena, mark);
+    if (total == SIZE_MAX) mili_fail(tape->ctx, MIL_ERROR_NO_MEMORY, "the tape needs more memory than has addresses");
     return total;
 }
 
@@ -4581,7 +4648,7 @@ MILI_FN void mili_size_tiles(mili_plan *plan)
         mili_step *step = &plan->step[s];
         size_t row = 0;
         for (int k = 0; k < step->count; k++) {
-            row += mili_row_bytes(step->node[k]);
+            row = MILI_MIN(row + MILI_MIN(mili_row_bytes(step->node[k]), MILI_MOST_BYTES), MILI_MOST_BYTES);
             step->node[k]->plan->step = s;
         }
         step->tile_rows = MILI_TILE_ROWS;
@@ -4839,7 +4906,7 @@ MILI_FN mil_status mili_plan_slot(mil_tape *tape, mili_step *step, mili_span *sp
             mil_node *n = m ? step->node[k]->second : step->node[k];
             if (!n || n->plan->place != MILI_PLACE_TILE) continue;
             mili_span *s = &span[spans++];
-            s->bytes = mili_align_up((size_t)step->tile_rows * mili_row_bytes(n));
+            s->bytes = mili_align_up(mili_times((size_t)step->tile_rows, mili_row_bytes(n)));
             s->offset = &n->plan->offset;
             s->first = k;
             s->last = n->plan->last_reader;
@@ -4856,7 +4923,7 @@ MILI_FN void mili_add_span(mili_span *span, int *count, size_t bytes, size_t *of
     *offset = 0;
     if (bytes == 0) return;
     mili_span *s = &span[(*count)++];
-    s->bytes = mili_align_up(bytes);
+    s->bytes = mili_align_up(MILI_MIN(bytes, MILI_MOST_BYTES));
     s->offset = offset;
     s->first = first;
     s->last = last;
@@ -4902,12 +4969,12 @@ MILI_FN mili_plan *mili_make_plan(mil_tape *tape)
     for (int s = 0; s < plan->step_count && ok; s++) {
         mili_step *step = &plan->step[s];
         const int last = tape->stream_capacity && step->group && step->rows == tape->stream_capacity ? end : s;    // a stream's states stay
-        mili_add_span(span, &count, step->slot_bytes * (size_t)plan->slots, &step->slot_offset, s, last);
+        mili_add_span(span, &count, mili_times(step->slot_bytes, (size_t)plan->slots), &step->slot_offset, s, last);
         for (int k = 0; k < step->count; k++) {
             mil_node *n = step->node[k];
             mili_plan_node *p = n->plan;
             p->state_bytes = step->group && n->kind == MIL_KIND_REDUCE && !p->deferred ? mili_align_up(n->op->state_bytes(n)) : 0;
-            mili_add_span(span, &count, p->state_bytes * (size_t)step->partitions, &p->state_offset, s, last);
+            mili_add_span(span, &count, mili_times(p->state_bytes, (size_t)step->partitions), &p->state_offset, s, last);
             p->prepared_bytes = step->group && n->op->prepare_bytes ? mili_align_up(n->op->prepare_bytes(n)) : 0;
             mili_add_span(span, &count, p->prepared_bytes, &p->prepared_offset, s, last);
             for (int m = 0; m < 2; m++) {
@@ -4915,7 +4982,7 @@ MILI_FN mili_plan *mili_make_plan(mil_tape *tape)
                 if (!v || (m && !(v->flags & MILI_NEEDED))) continue;
                 size_t bytes = 0;
                 if (v->plan->place == MILI_PLACE_FULL) bytes = mili_node_bytes(v);
-                else if (v->plan->place == MILI_PLACE_WAVE) bytes = (size_t)step->wave_rows * mili_row_bytes(v);
+                else if (v->plan->place == MILI_PLACE_WAVE) bytes = mili_times((size_t)step->wave_rows, mili_row_bytes(v));
                 else continue;
                 v->plan->bytes = bytes;
                 mili_add_span(span, &count, bytes ? bytes : 1, &v->plan->offset, s, MILI_MAX(v->plan->last, last));

@@ -68,6 +68,12 @@ static double read_one(mil_node *n)
     return (double)v;
 }
 
+static mil_node *matrix(mil_tape *tape, int64_t rows, int64_t cols)
+{
+    const int64_t shape[2] = { rows, cols };
+    return mil_constant(tape, 2, shape, 1);
+}
+
 // ---- a net that has a bit of everything: row groups, reductions with small and large states, views, batches, draws ----
 enum { NET_D = 70, NET_E = 260, NET_A = 6, NET_K = 2, NET_C = 3, NET_OUT = 24, NET_PARAMS = 10, NET_MAX_N = 4200 };
 
@@ -358,6 +364,67 @@ TEST(bytes_asked_for_are_the_bytes_then_allocated)
     net_free(&n);
 }
 
+TEST(a_tape_larger_than_all_memory_is_refused)
+{
+    mil_context *ctx = context_new(1);
+    mil_tape *tape = tape_new(ctx);
+    const int64_t huge = (int64_t)(SIZE_MAX / 16 / sizeof(mil_real) / 4);
+    for (int i = 0; i < 100; i++) mil_node_keep(matrix(tape, huge, 1));
+    CHECK(mil_tape_bytes(tape) == 0);
+    CHECK_CONTAINS(mil_error(ctx), "more memory than has addresses");
+    CHECK(mil_tape_run(tape) == MIL_ERROR_NO_MEMORY);
+    mil_tape_reset(tape);
+    mil_node_keep(mil_softmax(matrix(tape, 2, huge), 1));  // one wide row: a tile of it wraps
+    CHECK(mil_tape_run(tape) == MIL_ERROR_NO_MEMORY);
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+// Two thousand values of all lives and sizes: nothing that lives shares memory, which poison and exact results show.
+TEST(many_values_of_all_lives_share_memory_without_harm)
+{
+    enum { LIVE = 40, STEPS = 2000 };
+    static const mil_tape_option poison[] = { MIL_TAPE_POISON, MIL_TAPE_NO_REUSE };
+    mil_real result[2];
+    size_t bytes[2];
+    mil_context *ctx = context_new(1);
+    for (int option = 0; option < 2; option++) {
+        mil_tape *tape = tape_new(ctx);
+        mil_node *live[LIVE];
+        double expected[LIVE];
+        uint64_t state = 1;
+        mil_tape_set(tape, poison[option], 1);
+        const mil_real one = 1;
+        for (int i = 0; i < LIVE; i++) {
+            live[i] = reals(tape, &one, 2, 1, 1, 0);
+            expected[i] = 1;
+        }
+        for (int k = 0; k < STEPS; k++) {                  // a new value from two old ones, [n, 1] as wide as chance has it; whole, so that it is stored
+            state = state * 6364136223846793005u + 1442695040888963407u;
+            const int a = (int)(state >> 33) % LIVE, b = (int)(state >> 43) % LIVE, to = (int)(state >> 53) % LIVE;
+            const int64_t n = 2 + (int64_t)((state >> 23) % 500), shape[2] = { n, 3 };
+            mil_node *wide = mil_broadcast(mil_affine(mil_add(live[a], live[b]), 0.5, 1e-3 * (k % 7)), 2, shape);
+            live[to] = mil_slice(mil_transpose(mil_transpose(wide)), 0, n - 1, 1);
+            live[to] = mil_slice(live[to], 1, 2, 1);
+            expected[to] = 0.5 * (expected[a] + expected[b]) + 1e-3 * (k % 7);
+        }
+        mil_node *sum = live[0];
+        double total = expected[0];
+        for (int i = 1; i < LIVE; i++) {
+            sum = mil_add(sum, live[i]);
+            total += expected[i];
+        }
+        mil_node_keep(sum);
+        bytes[option] = mil_tape_bytes(tape);
+        CHECK(mil_tape_run(tape) == MIL_OK && mil_node_read(sum, &result[option], 1) == MIL_OK);
+        CHECK_NEAR(result[option], total, 1e-4);
+        mil_tape_free(tape);
+    }
+    CHECK(result[0] == result[1]);
+    CHECK(bytes[0] * 10 < bytes[1]);
+    mil_context_free(ctx);
+}
+
 TEST(scoring_memory_does_not_grow_with_the_rows)
 {
     net n;
@@ -576,12 +643,6 @@ TEST(a_tape_that_has_seen_its_shapes_allocates_nothing)
 }
 
 // ---- errors ----
-static mil_node *matrix(mil_tape *tape, int64_t rows, int64_t cols)
-{
-    const int64_t shape[2] = { rows, cols };
-    return mil_constant(tape, 2, shape, 1);
-}
-
 TEST(errors_are_sticky_and_name_layer_op_and_shapes)
 {
     mil_context *ctx = context_new(1);
@@ -1349,6 +1410,7 @@ TEST(a_deep_tape_of_small_nodes_runs_and_gives_the_right_gradient)
 
 TESTS(T(planned_memory_gives_the_bits_of_unshared_memory) T(node_by_node_agrees_with_row_groups) T(any_number_of_threads_gives_the_same_bits)
       T(recomputing_in_the_backward_pass_gives_the_same_bits) T(bytes_asked_for_are_the_bytes_then_allocated)
+      T(a_tape_larger_than_all_memory_is_refused) T(many_values_of_all_lives_share_memory_without_harm)
       T(scoring_memory_does_not_grow_with_the_rows) T(training_memory_does_not_grow_with_the_rows_when_recomputing)
       T(converted_features_are_never_stored_whole) T(the_callers_workspace_is_used_and_a_small_one_refused) T(everything_fits_into_one_fixed_block)
       T(every_failing_allocation_is_an_error_and_leaves_the_tape_usable) T(a_tape_that_has_seen_its_shapes_allocates_nothing)
