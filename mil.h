@@ -4384,11 +4384,12 @@ MILI_INLINE size_t mili_times(size_t a, size_t b)
     return mili_mul_size(a, b, &product) && product < MILI_MOST_BYTES ? product : MILI_MOST_BYTES;
 }
 
+typedef struct mili_gap { size_t begin, end; } mili_gap;    // free memory
+
 // The many small spans of a tape with thousands of nodes, above `base`: step by step, each into the tightest gap that is free
 // then. Linear, where looking at all that live at the same time would be quadratic. `list` is sorted by size.
 MILI_FN size_t mili_pack_in_turn(mil_tape *tape, const mili_span *span, const int *list, int count, size_t base)
 {
-    typedef struct mili_gap { size_t begin, end; } mili_gap;
     int steps = 0, gaps = 0, ended = 0;
     size_t top = base;
     for (int i = 0; i < count; i++) steps = MILI_MAX(steps, span[list[i]].last + 1);
