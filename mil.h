@@ -17368,6 +17368,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_MAX_SLOTS
 #undef MILI_METRIC_NAN
 #undef MILI_MIN
+#undef MILI_MOST_BYTES
 #undef MILI_MR_MAX
 #undef MILI_NAN
 #undef MILI_NEON_2
