@@ -43,11 +43,14 @@ MIL_TEST_OPT := $(MIL_OPT)
 else ifeq ($(CONFIG),tsan)
 MIL_OPT      := -O1 -g -fsanitize=thread
 MIL_TEST_OPT := $(MIL_OPT)
+else ifeq ($(CONFIG),msan)
+MIL_OPT      := -O1 -g -fno-omit-frame-pointer -fsanitize=memory -fsanitize-memory-track-origins
+MIL_TEST_OPT := $(MIL_OPT)
 else ifeq ($(CONFIG),coverage)
 MIL_OPT      := -O0 -g --coverage
 MIL_TEST_OPT := $(MIL_OPT)
 else
-$(error CONFIG=$(CONFIG): release, debug, asan, tsan or coverage)
+$(error CONFIG=$(CONFIG): release, debug, asan, tsan, msan or coverage)
 endif
 
 B            := build/$(CONFIG)
@@ -80,7 +83,7 @@ RUNS := $(filter $(addsuffix %,$(addprefix test_,$(ONLY)) $(ONLY)),$(RUNS))
 endif
 LOGS := $(patsubst %,$(B)/logs/%.log,$(RUNS))
 
-.PHONY: help test double mil demo real assumption examples bench asan tsan coverage fuzz warnings macros install uninstall clean FORCE
+.PHONY: help test double mil demo real assumption examples bench asan tsan coverage fuzz warnings macros msan failures hostile selftest valgrind matrix cpus embedded size mutate install uninstall clean FORCE
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -100,6 +103,37 @@ asan: ## the tests under address and undefined-behaviour sanitizers
 
 tsan: ## the tests under the thread sanitizer
 	@$(MAKE) test CONFIG=tsan
+
+msan: ## the tests under the memory sanitizer (clang)
+	@$(MAKE) test CONFIG=msan CC=$(FUZZ_CC) VARIANTS=float ONLY="$(if $(ONLY),$(ONLY),files hostile failures loss metrics ops scorer selftest tape threads train)"
+
+# ---- trust: each answers one question of somebody who builds a device with mil.h; the README says what they promise
+failures: ## every allocation, read and write made to fail in turn
+	@$(MAKE) test ONLY="failures files scorer tape train"
+
+hostile: ## malformed files, options and checkpoints, rule by rule, and what the fuzzers found
+	@$(MAKE) test ONLY="hostile files fuzz" VARIANTS=float
+
+selftest: ## version and self-test on every CPU tier of this machine
+	@$(MAKE) test ONLY="selftest threads"
+
+valgrind: $(patsubst %,$(B)/%,test_hostile test_scorer test_selftest) ## the same under valgrind, with plain kernels
+	@for t in $^; do valgrind -q --error-exitcode=1 --leak-check=full $$t || exit 1; done
+
+matrix: ## the self-test under every compiler, language, optimisation, mode and macro that is here
+	@sh tests/matrix.sh build/matrix
+
+cpus: ## the tests on aarch64, armv7, riscv64, s390x, i386 under qemu, and with musl (CPUS, CPU_TESTS narrow it)
+	@sh tests/cpus.sh build/cpus $(CPU_TESTS)
+
+embedded: ## bare-metal builds, a fixed-block program on emulated ARM against the host's logits, a build for Windows
+	@CC='$(CC)' sh tests/embedded.sh build/embedded
+
+size: ## code size, stack and compile time against their budgets
+	@CC='$(CC)' sh tests/size.sh build/size
+
+mutate: ## flips operators and constants of mil.h one by one and counts who notices (MUTANTS, SEED)
+	@sh tests/mutate.sh build/mutate $(MUTANTS) $(SEED)
 
 mil: build/mil ## the command line tool, build/mil
 
@@ -213,9 +247,14 @@ fuzz: $(patsubst %,build/fuzz/%,$(REPLAYS)) ## each fuzz target for FUZZ_SECONDS
 	done
 
 ifneq ($(REPLAYS),)
-$(patsubst %,build/fuzz/%,$(REPLAYS)): build/fuzz/%: tests/%.c tests/mil_impl.c mil.h
+FUZZ = $(FUZZ_CC) $(MIL_CFLAGS) -O2 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+
+build/fuzz/mil.o: tests/mil_impl.c mil.h
 	@mkdir -p build/fuzz
-	$(FUZZ_CC) $(MIL_CFLAGS) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o $@ $< tests/mil_impl.c $(MIL_LIBS)
+	$(FUZZ) -fsanitize=fuzzer-no-link -c -o $@ $<
+
+$(patsubst %,build/fuzz/%,$(REPLAYS)): build/fuzz/%: tests/%.c tests/fuzz.h tests/fuzz_tool.h build/fuzz/mil.o
+	$(FUZZ) -fsanitize=fuzzer -o $@ $< build/fuzz/mil.o $(MIL_LIBS)
 endif
 
 # ---- the header under every compiler and standard that is here, and with every macro alone

@@ -2727,6 +2727,13 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
     } \
     MILI_LANES TARGET T##_v T##_relu(T##_v x) { return T##_keep_nan(x, T##_max(T##_set(0), x)); }
 
+// A kernel that only gradients use.
+#ifdef MIL_NO_TRAINING
+#define MILI_TRAINED(kernel) NULL
+#else
+#define MILI_TRAINED(kernel) kernel
+#endif
+
 // All kernels of a tier, and its table. T_exp ... T_relu and T_gate stand before it: MILI_DEFINE_MATHS, or libm.
 #define MILI_DEFINE_TIER(T, TARGET, EACH_R, tier, text) \
     MILI_DEFINE_TILES(T, TARGET, EACH_R) \
@@ -2749,10 +2756,10 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
     MILI_DEFINE_FOLDS(T, TARGET) \
     static const mili_kernels T##_kernels = { \
         tier, text, T##_lanes, T##_mr, 2 * T##_lanes, T##_tile, T##_dot4, \
-        T##_map_exp, T##_map_tanh, T##_map_sigmoid, T##_map_erf, T##_map_gelu, T##_map_gelu_grad, \
-        T##_map_silu, T##_map_silu_grad, T##_map_relu, \
+        T##_map_exp, T##_map_tanh, T##_map_sigmoid, T##_map_erf, T##_map_gelu, MILI_TRAINED(T##_map_gelu_grad), \
+        T##_map_silu, MILI_TRAINED(T##_map_silu_grad), T##_map_relu, \
         T##_zip_gate, T##_zip_add, T##_zip_sub, T##_zip_mul, T##_zip_div, T##_mul_add, \
-        T##_zip_tanh_grad, T##_zip_sigmoid_grad, T##_zip_relu_grad, T##_drop, T##_axpy, T##_scale, \
+        MILI_TRAINED(T##_zip_tanh_grad), MILI_TRAINED(T##_zip_sigmoid_grad), MILI_TRAINED(T##_zip_relu_grad), T##_drop, T##_axpy, T##_scale, \
         T##_fold_sum, T##_fold_max, T##_fold_min, T##_fold_dot, T##_finite, T##_exp_sum, T##_from_f16, T##_from_bf16 };
 
 // ---- plain C ---------------------------------------------------------------------------------------------------------
@@ -6277,18 +6284,10 @@ MILI_FN void mili_concat_grad(mil_node *n, mil_node *dy)
 #endif
 static const mil_op mili_op_concat = MILI_ROWS_OP("concat", mili_concat_run, mili_concat_grad);
 
-MIL_DEF mil_node *mil_concat(mil_node *const *x, int count, int axis)
+// Up to MIL_MAX_INPUTS at once.
+MILI_FN mil_node *mili_concat_few(mil_node *const *x, int count, int axis)
 {
-    if (count < 1 || !x || !x[0]) return NULL;
-    for (int k = 1; k < count; k++) if (!mili_have(x[0], x[k], "concat")) return NULL;
     if (count == 1) return x[0];
-    if (count > MIL_MAX_INPUTS) {                          // in groups, then the groups
-        mil_node *part[MIL_MAX_INPUTS];
-        const int each = (count + MIL_MAX_INPUTS - 1) / MIL_MAX_INPUTS;
-        int parts = 0;
-        for (int k = 0; k < count; k += each) part[parts++] = mil_concat(x + k, MILI_MIN(each, count - k), axis);
-        return mil_concat(part, parts, axis);
-    }
     const int index = x[0]->dtype == MIL_I64;
     mil_node *first = index ? mili_index(x[0]) : mili_real(x[0]);
     if (!first) return NULL;
@@ -6310,6 +6309,38 @@ MIL_DEF mil_node *mil_concat(mil_node *const *x, int count, int axis)
     s.row_inputs = s.kind == MIL_KIND_ROWS ? (1u << count) - 1 : 0;
     s.i[0] = a;
     return mil_record(first->tape, &s);
+}
+
+MIL_DEF mil_node *mil_concat(mil_node *const *x, int count, int axis)
+{
+    mil_node *level[12][MIL_MAX_INPUTS];                   // level l holds results of 8^l inputs each, in order: more than an int counts
+    int held[12] = { 0 };
+    if (count < 1 || !x || !x[0]) return NULL;
+    for (int k = 1; k < count; k++) if (!mili_have(x[0], x[k], "concat")) return NULL;
+    for (int k = 0; k < count; k++) {
+        mil_node *n = x[k];
+        int l = 0;
+        for (; held[l] == MIL_MAX_INPUTS; l++) {           // a full level becomes one entry of the next
+            mil_node *whole = mili_concat_few(level[l], held[l], axis);
+            if (!whole) return NULL;
+            level[l][0] = n;
+            held[l] = 1;
+            n = whole;
+        }
+        level[l][held[l]++] = n;
+    }
+    int top = 11;
+    while (!held[top]) top--;
+    for (int l = 0; l < top; l++) {                        // what stands lower comes later
+        mil_node *rest = mili_concat_few(level[l], held[l], axis);
+        if (held[l + 1] == MIL_MAX_INPUTS) {
+            level[l + 1][0] = mili_concat_few(level[l + 1], held[l + 1], axis);
+            held[l + 1] = 1;
+        }
+        if (!rest || !level[l + 1][0]) return NULL;
+        level[l + 1][held[l + 1]++] = rest;
+    }
+    return mili_concat_few(level[top], held[top], axis);
 }
 
 // i[1] = where the piece starts in x.
@@ -17445,6 +17476,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_TIERS_ARM
 #undef MILI_TIERS_X86
 #undef MILI_TILES
+#undef MILI_TRAINED
 #undef MILI_TRAIN_MEMBER
 #undef MILI_TRAIN_ROW
 #undef MILI_TRANSFORMER_OPTIONS

@@ -252,6 +252,8 @@ TEST(rows_of_any_type_stride_and_alignment)
     static const mil_dtype dtypes[] = { MIL_F32, MIL_F64, MIL_F16, MIL_BF16, MIL_I8, MIL_U8, MIL_I16, MIL_U16, MIL_I32, MIL_U32, MIL_I64, MIL_U64 };
     enum { M = 300, STEP = D * 8 + 12 };
     static char room[M * STEP + 16];
+    const uint16_t one = 1;
+    const int little = *(const unsigned char *)&one == 1;   // the byte order of this machine
     begin(1, NULL);
     for (int k = 0; k < 12; k++) {
         const mil_dtype dtype = dtypes[k];
@@ -275,7 +277,7 @@ TEST(rows_of_any_type_stride_and_alignment)
                     else if (dtype == MIL_F64) memcpy(to, &v, 8);
                     else if (dtype == MIL_F16) memcpy(to, &half, 2);
                     else if (dtype == MIL_BF16) memcpy(to, &brain, 2);
-                    else for (size_t b = 0; b < width; b++) to[b] = (char)((uint64_t)i >> (8 * b) & 255);      // little-endian, as this machine
+                    else for (size_t b = 0; b < width; b++) to[little ? b : width - 1 - b] = (char)((uint64_t)i >> (8 * b) & 255);
                     bag[r * D + c] = (mil_real)v;
                 }
             score_whole(M, &whole);
