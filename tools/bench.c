@@ -3,6 +3,7 @@
 //   build/release/bench [SECTION...]      gemm score memory train stream cold models; none: all
 //     PYTHON=...       the interpreter that has the peers (default python3); what it lacks is reported as not installed
 //     BENCH_QUICK=1    fewer repetitions, no bags over 10,000 patches
+//     BENCH_THREADS=n  the most threads, default 2
 //
 // Every contender is a process of its own that answers one request per line: mil.h (this program with --serve), mil.h over a
 // CBLAS (the same program built with MIL_USE_CBLAS), and tools/bench.py for PyTorch, ONNX Runtime and NumPy. They take
@@ -716,14 +717,15 @@ static void measure(result *r, series *fma, unsigned mask, int threads, double s
             }
             pause_for(0.02);                               // its threads may spin a little longer
         }
-        if (once) break;
-        if (round == 0) {
+        if (once) rounds = 1;
+        else if (round == 0) {
             const double turn = longest > 0.1 ? longest : 0.1;
             rounds = 1 + (int)(seconds / turn);
             if (rounds < 3) rounds = 3;
             if (rounds > 15) rounds = 15;
         }
     }
+    if (!strncmp(request, "train", 5)) who[MIL].loaded = who[BLAS].loaded = 0;     // their weights are others now
 }
 
 static void drop_all(void)
@@ -1096,7 +1098,8 @@ int main(int argc, char **argv)
     script = getenv("BENCH_SCRIPT") ? getenv("BENCH_SCRIPT") : "tools/bench.py";
     quick = getenv("BENCH_QUICK") != NULL;
     const long cpus = sysconf(_SC_NPROCESSORS_ONLN);
-    max_threads = cpus >= 2 ? 2 : 1;
+    max_threads = getenv("BENCH_THREADS") ? atoi(getenv("BENCH_THREADS")) : cpus >= 2 ? 2 : 1;
+    if (max_threads < 1 || max_threads > 64) die("BENCH_THREADS: 1 to 64");
     mkdir("build", 0777);
     if (mkdir(folder, 0777) && errno != EEXIST) die("%s: %s", folder, strerror(errno));
     mil_context *ctx;
