@@ -3353,19 +3353,35 @@ static void mili_pack_panel(mil_real *dst, int64_t nr, const mil_real *b, int64_
         for (int64_t p = 0; p < k; p++) mili_copy_few(dst + p * nr, b + p * b_row, width);
         return;
     }
-    int64_t j = 0;
-    for (; j + 4 <= width; j += 4) {                                     // four columns at a time: four streams read
-        const mil_real *s0 = b + j * b_col, *s1 = s0 + b_col, *s2 = s1 + b_col, *s3 = s2 + b_col;
-        for (int64_t p = 0; p < k; p++) {
-            mil_real *d = dst + p * nr + j;
-            d[0] = s0[p * b_row];
-            d[1] = s1[p * b_row];
-            d[2] = s2[p * b_row];
-            d[3] = s3[p * b_row];
+    // Turned: four columns at a time, of so many rows that the part of the panel stays in L1.
+    for (int64_t p0 = 0; p0 < k; p0 += 64) {
+        const int64_t p1 = MILI_MIN(p0 + 64, k);
+        int64_t j = 0;
+        for (; j + 4 <= width; j += 4) {
+            const mil_real *s0 = b + j * b_col, *s1 = s0 + b_col, *s2 = s1 + b_col, *s3 = s2 + b_col;
+            int64_t p = p0;
+#if defined(MILI_TIERS_X86)
+            for (; b_row == 1 && p + 4 <= p1; p += 4) {
+                __m128 r0 = _mm_loadu_ps(s0 + p), r1 = _mm_loadu_ps(s1 + p), r2 = _mm_loadu_ps(s2 + p), r3 = _mm_loadu_ps(s3 + p);
+                _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+                float *d = dst + p * nr + j;
+                _mm_storeu_ps(d, r0);
+                _mm_storeu_ps(d + nr, r1);
+                _mm_storeu_ps(d + 2 * nr, r2);
+                _mm_storeu_ps(d + 3 * nr, r3);
+            }
+#endif
+            for (; p < p1; p++) {
+                mil_real *d = dst + p * nr + j;
+                d[0] = s0[p * b_row];
+                d[1] = s1[p * b_row];
+                d[2] = s2[p * b_row];
+                d[3] = s3[p * b_row];
+            }
         }
+        for (; j < width; j++)
+            for (int64_t p = p0; p < p1; p++) dst[p * nr + j] = b[p * b_row + j * b_col];
     }
-    for (; j < width; j++)
-        for (int64_t p = 0; p < k; p++) dst[p * nr + j] = b[p * b_row + j * b_col];
 }
 
 // Vectors of k reals, `step` apart in memory, zero padded to `padded`.
