@@ -148,7 +148,7 @@ assumption: $(B)/assumption ## says for each model whether it respects the MIL a
 
 examples: $(patsubst %,$(B)/examples/%,$(EXAMPLES)) ## builds examples/*.c into build/<config>/examples
 
-bench: $(B)/bench $(B)/bench_cblas.log ## measures speed and memory beside the peers that are installed (PYTHON, BENCH)
+bench: $(B)/bench $(B)/bench_cblas.log $(B)/mil ## measures speed and memory beside the peers that are installed (PYTHON, BENCH)
 	@PYTHON='$(PYTHON)' $(B)/bench $(BENCH)
 
 # ---- objects

@@ -1,6 +1,6 @@
 // Speed and memory of mil.h beside its peers: one table from one run.
 //
-//   build/release/bench [SECTION...]      gemm score memory train stream cold models; none: all
+//   build/release/bench [SECTION...]      gemm score memory train stream cold files models; none: all
 //     PYTHON=...       the interpreter that has the peers (default python3); what it lacks is reported as not installed
 //     BENCH_QUICK=1    fewer repetitions, no bags over 10,000 patches
 //     BENCH_THREADS=n  the most threads, default 2
@@ -975,6 +975,80 @@ static void section_cold(const char *weights, const char *features)
     fflush(stdout);
 }
 
+// `mil score` on many files, beside reading them alone and computing alone (as much as the scorer does from memory).
+static void section_files(const char *weights, const char *features)
+{
+    static char reply[LINE];
+    enum { ROWS = 1000 };
+    const int files = quick ? 40 : 1000;
+    char tool[1300], w[1200], *argv[1100], pattern[64];
+    struct stat there;
+    int argc = 0;
+    snprintf(tool, sizeof tool, "%s", here);
+    snprintf(strrchr(tool, '/') ? strrchr(tool, '/') + 1 : tool, 8, "mil");
+    printf("\n### Many bags: mil score on %d files of 1,000 patches, fp32, 1,024 features (%.1f GB)\n\n", files, files * 4.096e-3);
+    if (stat(tool, &there)) { printf("not run: no %s (make mil)\n", tool); return; }
+    float *x = (float *)need(malloc((size_t)ROWS * D * 4));
+    FILE *f = fopen(features, "rb");
+    if (!f || fread(x, 4, (size_t)ROWS * D, f) != (size_t)ROWS * D) die("%s", features);
+    fclose(f);
+    mil_context *ctx;
+    if (mil_context_create(&ctx, NULL) != MIL_OK) die("no context");
+    snprintf(w, sizeof w, "%s", weights);
+    static char words[5][16] = { "score", "--weights", "--model", "abmil" };
+    argv[argc++] = tool; argv[argc++] = words[0]; argv[argc++] = words[1]; argv[argc++] = w; argv[argc++] = words[2]; argv[argc++] = words[3];
+    const int first = argc;
+    for (int i = 0; i < files; i++) {
+        snprintf(pattern, sizeof pattern, "%s/bag%04d.npy", folder, i);
+        argv[argc++] = strdup(pattern);
+        const mil_tensor t = mil_tensor_matrix(x, MIL_F32, ROWS, D);
+        if (mil_npy_write(ctx, pattern, &t) != MIL_OK) die("%s", mil_error(ctx));
+    }
+    argv[argc] = NULL;
+    series cold_disk, cached, reading, computing;
+    cold_disk.count = cached.count = reading.count = computing.count = 0;
+    for (int round = 0; round < 3; round++) {
+        for (int from_disk = 1; from_disk >= 0; from_disk--) {
+            for (int pass = 0; pass < 1 + from_disk; pass++) {                 // from disk: read alone, and scored
+                if (from_disk) {
+                    for (int i = first; i < argc; i++) {
+                        const int fd = open(argv[i], O_RDONLY);
+                        fsync(fd);
+                        posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+                        close(fd);
+                    }
+                }
+                const double begin = now();
+                if (pass == 1)
+                    for (int i = first; i < argc; i++) {
+                        FILE *bag = fopen(argv[i], "rb");
+                        if (!bag || fread(x, 1, (size_t)ROWS * D * 4, bag) == 0) die("%s", argv[i]);
+                        fclose(bag);
+                    }
+                else {
+                    int status;
+                    waitpid(spawn(argv, -1, -1, 1), &status, 0);
+                    if (!WIFEXITED(status) || WEXITSTATUS(status)) { printf("mil score failed\n"); goto done; }
+                }
+                series_add(pass == 1 ? &reading : from_disk ? &cold_disk : &cached, now() - begin);
+            }
+        }
+        if (!ask(&who[MIL], reply, "threads %d", max_threads) || !ask(&who[MIL], reply, "load %s", who[MIL].reason) || !ask(&who[MIL], reply, "score abmil 1000 f32 20")) die("%s", reply);
+        who[MIL].threads = max_threads;
+        result r;
+        memset(&r, 0, sizeof r);
+        read_result(&r, reply);
+        series_add(&computing, median(&r.time) * files);
+    }
+    printf("| | s |\n|---|---|\n| scored from disk | %.2f |\n| scored from the page cache | %.2f |\n| reading alone, from disk | %.2f |\n| computing alone, %d threads | %.2f |\n",
+           median(&cold_disk), median(&cached), median(&reading), max_threads, median(&computing));
+done:
+    for (int i = first; i < argc; i++) { remove(argv[i]); free(argv[i]); }
+    free(x);
+    mil_context_free(ctx);
+    fflush(stdout);
+}
+
 static void section_models(const char *features)
 {
     static const char *const model[] = { "abmil", "clam", "dsmil", "transmil", "ilra", "transformer", "wikg", "dftd", "rrt" };
@@ -1153,10 +1227,10 @@ int main(int argc, char **argv)
         free(x);
     }
     unsigned sections = 0;
-    static const char *const names[] = { "gemm", "score", "memory", "train", "stream", "cold", "models" };
-    for (int i = 0; i < 7; i++)
+    static const char *const names[] = { "gemm", "score", "memory", "train", "stream", "cold", "files", "models" };
+    for (int i = 0; i < 8; i++)
         for (int a = 1; a < argc; a++) if (!strcmp(argv[a], names[i])) sections |= 1u << i;
-    if (argc < 2) sections = 127;
+    if (argc < 2) sections = 255;
     if (sections & 1) section_gemm();
     use_model("abmil", weights, features);
     if (sections & 2) section_score();
@@ -1165,7 +1239,8 @@ int main(int argc, char **argv)
     if (sections & 16) section_stream();
     if (sections & 32) section_cold(weights, features);
     if (point_count) draw_roofline(peak, bandwidth);
-    if (sections & 64) section_models(features);
+    if (sections & 64) section_files(weights, features);
+    if (sections & 128) section_models(features);
     for (int p = 0; p < CONTENDERS; p++) stop(&who[p]);
     remove(features);
     return 0;
