@@ -59,7 +59,7 @@ TEST(the_selftest_runs_in_a_fixed_block)
 {
     mil_context *ctx;
     mil_context_options o = mil_context_options_default();
-    o.memory_size = (size_t)1 << 20;
+    o.memory_size = (size_t)(MIL_REAL_IS_FLOAT ? 1 : 2) << 20;
     o.memory = malloc(o.memory_size);
     o.threads = 1;
     if (CHECK(mil_context_create(&ctx, &o) == MIL_OK)) {
