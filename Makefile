@@ -117,7 +117,7 @@ hostile: ## malformed files, options and checkpoints, rule by rule, and what the
 selftest: ## version and self-test on every CPU tier of this machine
 	@$(MAKE) test ONLY="selftest threads"
 
-valgrind: $(patsubst %,$(B)/%,test_hostile test_scorer test_selftest) ## the same under valgrind, with plain kernels
+valgrind: $(patsubst %,$(B)/%,test_hostile test_failures test_scorer) ## some of the tests under valgrind
 	@for t in $^; do valgrind -q --error-exitcode=1 --leak-check=full $$t || exit 1; done
 
 matrix: ## the self-test under every compiler, language, optimisation, mode and macro that is here
