@@ -2472,7 +2472,7 @@ MILI_LANES mil_real mili_infinity(int negative)
 
 // y[i] = T_f(x[i]) and y[i] = T_f(a[i], b[i]); the last vector may be part of one, with zeros in the lanes past n.
 #define MILI_DEFINE_MAP(T, TARGET, f) \
-    static TARGET void T##_map_##f(mil_real *y, const mil_real *x, int64_t n) \
+    MILI_FN TARGET void T##_map_##f(mil_real *y, const mil_real *x, int64_t n) \
     { \
         for (int64_t i = 0; i < n; i += T##_lanes) { \
             const int64_t left = n - i; \

@@ -652,7 +652,7 @@ static mil_tensor case_tensor(const array *a, char letter)
 static double *case_read(mil_node *n)
 {
     double *v = (double *)malloc(((size_t)n->count + 1) * sizeof *v);
-    for (int64_t i = 0; i < n->count; i++) v[i] = NAN;
+    for (int64_t i = 0; i < n->count; i++) v[i] = (double)NAN;
     if (n->dtype == MIL_I64) {
         int64_t *x = (int64_t *)malloc(((size_t)n->count + 1) * sizeof *x);
         if (mil_node_read(n, x, n->count) == MIL_OK) for (int64_t i = 0; i < n->count; i++) v[i] = (double)x[i];
@@ -687,7 +687,7 @@ static double case_difference(const op_case *c, array *x, int count, int k, int6
     double **known = &op_case_known[c - op_cases], *d;
     if (!*known) {
         *known = (double *)malloc(CASE_INPUTS * CASE_PLACES * sizeof **known);
-        for (int i = 0; i < CASE_INPUTS * CASE_PLACES; i++) (*known)[i] = NAN;
+        for (int i = 0; i < CASE_INPUTS * CASE_PLACES; i++) (*known)[i] = (double)NAN;
     }
     d = &(*known)[k * CASE_PLACES + place];
     if (isnan(*d)) {

@@ -37,7 +37,7 @@ static double loss_of(const double *x, int64_t B, int64_t C, const mil_target *t
     mil_node_keep(node);
     CHECK(mil_tape_backward(tape, node) == MIL_OK);
     mil_node_keep(mil_node_grad(logits));
-    if (!CHECK(mil_tape_run(tape) == MIL_OK)) { puts(mil_error(ctx)); return NAN; }
+    if (!CHECK(mil_tape_run(tape) == MIL_OK)) { puts(mil_error(ctx)); return (double)NAN; }
     CHECK(mil_node_read(node, &loss, 1) == MIL_OK);
     if (grad) {
         CHECK(mil_node_read(mil_node_grad(logits), back, B * C) == MIL_OK);
@@ -122,7 +122,7 @@ TEST(cross_entropy_is_stable_for_large_logits)
 TEST(an_infinite_logit_of_another_class_does_no_harm)
 {
     begin();
-    const double x[3] = { 1, -INFINITY, 2 };
+    const double x[3] = { 1, -(double)INFINITY, 2 };
     mil_target t = mil_target_class(2);
     double grad[3];
     CHECK_NEAR(loss_of(x, 1, 3, &t, grad), 0.31326168751822286, SMALL);
@@ -218,7 +218,7 @@ TEST(targets_that_do_not_fit_are_refused_with_a_sentence)
 {
     begin();
     static const int64_t wrong[4] = { 0, 1, 3, 0 };
-    static const double nan_weights[3] = { 1, NAN, 1 }, zero_weights[3] = { 0, 1, 1 }, values[2] = { 0.5, NAN };
+    static const double nan_weights[3] = { 1, (double)NAN, 1 }, zero_weights[3] = { 0, 1, 1 }, values[2] = { 0.5, (double)NAN };
     mil_target t = mil_target_class(3);
     refused(1, 3, &t, MIL_ERROR_ARGUMENT, "label 3 of bag 0 is not one of the classes 0..2");
     t.label = -1;
@@ -240,7 +240,7 @@ TEST(targets_that_do_not_fit_are_refused_with_a_sentence)
     refused(1, 3, &t, MIL_ERROR_ARGUMENT, "label smoothing 1.5");
     t = mil_target_value(0.5);
     refused(1, 2, &t, MIL_ERROR_ARGUMENT, "1 target value for logits [1, 2]");
-    t.value = NAN;
+    t.value = (double)NAN;
     refused(1, 1, &t, MIL_ERROR_ARGUMENT, "target value 0 is");
     t.value = 1.01;
     refused(1, 1, &t, MIL_ERROR_ARGUMENT, "1.01, not in 0..1");
@@ -248,7 +248,7 @@ TEST(targets_that_do_not_fit_are_refused_with_a_sentence)
     t.count = 2;
     refused(2, 1, &t, MIL_ERROR_ARGUMENT, "target value 1 is");
     t = mil_target_value(1);
-    t.pos_weight = NAN;
+    t.pos_weight = (double)NAN;
     refused(1, 1, &t, MIL_ERROR_ARGUMENT, "pos_weight");
     t.loss = MIL_LOSS_COUNT;
     refused(1, 1, &t, MIL_ERROR_ARGUMENT, "no loss");

@@ -388,7 +388,7 @@ TEST(files_that_do_not_fit_are_named_and_change_nothing)
 
     mil_real *w = (mil_real *)mil_model_find(other, "global_attn.attention_b.0.weight")->data;
     for (int k = 0; k < 2; k++) {
-        w[31] = (mil_real)(k ? INFINITY : NAN);
+        w[31] = (mil_real)(k ? (double)INFINITY : (double)NAN);
         s = state_of(other, "model.");
         write_state(&s, NULL, 0);
         CHECK(mil_load_memory(m, file, file_size, NULL) == MIL_ERROR_NUMERIC);

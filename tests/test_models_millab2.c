@@ -277,7 +277,7 @@ TEST(dsmil_with_mask_critical_ignores_padding_and_nan_in_it)
     float mask[9] = { 1, 1, 1, 1, 1, 0, 0, 0, 0 };
     CHECK(replay_make(&r, ctx, "dsmil", SMALL "mask_critical=true", 1, 9, NULL, 6));
     double *bare = logits_of(&r, 0, 1, 5, NULL);
-    for (int64_t i = 5 * 7; i < 9 * 7; i++) r.features[i] = (mil_real)(i % 3 ? NAN : 100);
+    for (int64_t i = 5 * 7; i < 9 * 7; i++) r.features[i] = (mil_real)(i % 3 ? (double)NAN : 100);
     double *padded = logits_of(&r, 0, 1, 9, mask);
     if (CHECK(bare && padded)) for (int c = 0; c < 2; c++) CHECK_NEAR(padded[c], bare[c], MIL_REAL_IS_FLOAT ? 1e-5 : 1e-12);
     free(bare);

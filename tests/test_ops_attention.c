@@ -236,7 +236,7 @@ TEST(identity_minus_acts_on_each_matrix)
 TEST(attention_refuses_what_does_not_fit)
 {
     mil_context *ctx;
-    mil_tape *tape;
+    mil_tape *tape = NULL;
     int64_t a[3] = { 1, 4, 6 }, b[3] = { 1, 4, 5 };
     CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
     CHECK(mil_attention(mil_constant(tape, 3, a, 1), mil_constant(tape, 3, b, 1), mil_constant(tape, 3, a, 1), 2, 0, NULL, 0, NULL) == NULL);

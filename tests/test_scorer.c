@@ -313,11 +313,11 @@ TEST(rows_that_are_not_finite_are_refused_and_the_bag_is_as_before)
                 mil_scorer *s = make_scorer(0);
                 CHECK(mil_scorer_push(s, bag, before[b], 0, MIL_REAL_DTYPE) == MIL_OK);
                 memcpy(bad, bag, sizeof bad);
-                bad[place[p] * D + 17] = (mil_real)(form == 1 ? INFINITY : NAN);
+                bad[place[p] * D + 17] = (mil_real)(form == 1 ? (double)INFINITY : (double)NAN);
                 if (form < 2) CHECK(mil_scorer_push(s, bad, 700, 0, MIL_REAL_DTYPE) == MIL_ERROR_NUMERIC);
                 else {
                     for (int r = 349; r >= 0; r--) memmove(bad + 2 * r * D, bad + r * D, D * sizeof(mil_real));
-                    bad[2 * (place[p] / 2) * D + 3] = (mil_real)-INFINITY;
+                    bad[2 * (place[p] / 2) * D + 3] = (mil_real)-(double)INFINITY;
                     CHECK(mil_scorer_push(s, bad, 350, 2 * D * sizeof(mil_real), MIL_REAL_DTYPE) == MIL_ERROR_NUMERIC);
                 }
                 char part[32];
@@ -927,7 +927,7 @@ TEST(a_nan_in_a_masked_row_spoils_nothing)
     int64_t real = 0;
     for (int n = 0; n < 700; n++) {
         mask[n] = n % 7 < 5;
-        for (int j = 0; j < D; j++) padded[n * D + j] = mask[n] ? bag[real * D + j] : (mil_real)(n % 2 ? NAN : INFINITY);
+        for (int j = 0; j < D; j++) padded[n * D + j] = mask[n] ? bag[real * D + j] : (mil_real)(n % 2 ? (double)NAN : (double)INFINITY);
         real += mask[n];
     }
     CHECK(real == 500);

@@ -827,7 +827,7 @@ TEST(a_target_weighs_its_bag)
         target.weight = 0;
         CHECK(mil_trainer_step(r.trainer, &bag, &target, &loss, NULL) == MIL_ERROR_ARGUMENT);
         CHECK_CONTAINS(mil_error(r.ctx), "weight is 0, not above 0; make targets by mil_target_class");
-        target.weight = NAN;
+        target.weight = (double)NAN;
         CHECK(mil_trainer_step(r.trainer, &bag, &target, &loss, NULL) == MIL_ERROR_ARGUMENT);
         rig_close(&r);
     }

@@ -148,7 +148,7 @@ TOOL_FN void described_free(described *d)
 // Probabilities of `classes` classes from C logits: softmax, or for one logit [1 - sigmoid, sigmoid]. Returns -log p[label].
 TOOL_FN double class_probabilities(const double *logits, int64_t C, double temperature, int64_t label, double *p)
 {
-    double top = -INFINITY, sum = 0;
+    double top = -(double)INFINITY, sum = 0;
     if (C == 1) {
         const double z = logits[0] / temperature;
         p[1] = 1 / (1 + exp(-z));
@@ -316,7 +316,7 @@ TOOL_FN void fit_run(fit *f, progress *p)
     for (int64_t k = 0; k < f->val_count; k++) labels[k] = d->bag[f->val[k]].label;
 
     double saved = seconds_now();
-    f->best_value = -INFINITY;
+    f->best_value = -(double)INFINITY;
     f->temperature = 1;
     text_add(&f->log, "epoch,rate,train_loss,val_loss,val_accuracy,val_balanced_accuracy,val_auroc,best\n");
     if (f->folder && fit_restore(f, trainer) && p) {
@@ -325,7 +325,7 @@ TOOL_FN void fit_run(fit *f, progress *p)
         if (f->epoch < r->epochs) progress_say(p, "%s: goes on after epoch %lld", f->name, (long long)f->epoch);
     }
     while (f->epoch < r->epochs && !(r->patience && f->val_count && f->best_epoch && f->epoch - f->best_epoch >= r->patience)) {
-        double sum = 0, val_loss = NAN, value;
+        double sum = 0, val_loss = (double)NAN, value;
         const double rate = mil_trainer_lr(trainer);
         mil_metrics metrics;
         fit_order(f, f->epoch, order);
@@ -343,7 +343,7 @@ TOOL_FN void fit_run(fit *f, progress *p)
         }
         f->epoch++;
         memset(&metrics, 0, sizeof metrics);
-        metrics.accuracy = metrics.balanced_accuracy = metrics.auroc = NAN;
+        metrics.accuracy = metrics.balanced_accuracy = metrics.auroc = (double)NAN;
         if (f->val_count) {
             predict(f->ctx, f->model, d, f->val, f->val_count, &f->scale, logits, p, what);
             val_loss = 0;

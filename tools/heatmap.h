@@ -140,8 +140,8 @@ TOOL_FN grid grid_make(const open_bag *b, const char *path, double edge, double 
     memset(&g, 0, sizeof g);
     if (!b->bag.coords.data) tool_fail("%s: no coordinates (a tensor 'coords' [%lld, 2]), so there is no place to draw at", path, (long long)n);
     double *x = TOOL_NEW(double, n), *y = TOOL_NEW(double, n);
-    g.x0 = g.y0 = INFINITY;
-    double x1 = -INFINITY, y1 = -INFINITY;
+    g.x0 = g.y0 = (double)INFINITY;
+    double x1 = -(double)INFINITY, y1 = -(double)INFINITY;
     for (int64_t i = 0; i < n; i++) {
         x[i] = tensor_value(&b->bag.coords, 2 * i);
         y[i] = tensor_value(&b->bag.coords, 2 * i + 1);
@@ -213,8 +213,8 @@ TOOL_FN picture grid_picture(const grid *g, const double *values, int64_t column
     picture p = picture_make(g->columns * zoom, g->rows * zoom);
     double *sum = TOOL_NEW(double, g->columns * g->rows);
     int64_t *count = TOOL_NEW(int64_t, g->columns * g->rows);
-    *low = INFINITY;
-    *high = -INFINITY;
+    *low = (double)INFINITY;
+    *high = -(double)INFINITY;
     for (int64_t i = 0; i < n; i++) {
         const double v = values[i * columns];
         sum[g->cell[i]] += v;

@@ -99,7 +99,7 @@ static void print_shape(const mil_tensor *t, const char *dtype, const char *name
     text_free(&s);
     if (values && t->data) {
         const int64_t n = mil_tensor_count(t);
-        double low = INFINITY, high = -INFINITY, sum = 0;
+        double low = (double)INFINITY, high = -(double)INFINITY, sum = 0;
         int64_t odd = 0;
         for (int64_t i = 0; i < n; i++) {
             const double x = tensor_value(t, i);

@@ -26,7 +26,7 @@ static fn_bags fn_bags_make(const replay *r)
     for (int64_t i = 0; i < b.n; i++)
         for (int64_t c = b.binary ? 1 : 0; c < b.C; c++) outside |= !(b.logits[i * b.C + c] >= 0 && b.logits[i * b.C + c] <= 1);
     for (int64_t i = 0; i < b.n; i++) {
-        double sum = 0, top = -INFINITY;
+        double sum = 0, top = -(double)INFINITY;
         const double *x = b.logits + i * b.C;
         if (b.binary) {
             b.scores[i] = outside ? 1 / (1 + exp(-x[1])) : x[1];
@@ -50,7 +50,7 @@ enum { FN_ACCURACY, FN_ACCURACY_MICRO, FN_AUC, FN_PRECISION, FN_RECALL, FN_F1, F
 static double fn_metric(mil_context *ctx, const fn_bags *b, int which, const int64_t *indices)
 {
     const int64_t C = b->C, S = b->binary ? 1 : C;
-    double value = NAN, *scores = TOOL_NEW(double, b->n * S), *logits = TOOL_NEW(double, b->n * S), *per_class = TOOL_NEW(double, C);
+    double value = (double)NAN, *scores = TOOL_NEW(double, b->n * S), *logits = TOOL_NEW(double, b->n * S), *per_class = TOOL_NEW(double, C);
     int64_t *labels = TOOL_NEW(int64_t, b->n), *predicted = TOOL_NEW(int64_t, b->n), *confusion = TOOL_NEW(int64_t, C * C);
     for (int64_t i = 0; i < b->n; i++) {
         const int64_t k = indices ? indices[i] : i;
@@ -84,7 +84,7 @@ static double fn_metric(mil_context *ctx, const fn_bags *b, int which, const int
                                     : mil_metric_f1(ctx, confusion, C, MIL_AVERAGE_MACRO, per_class, &value);
         if (b->binary) value = isnan(per_class[1]) ? 0 : per_class[1];
     }
-    if (status != MIL_OK) value = NAN;
+    if (status != MIL_OK) value = (double)NAN;
     free(scores); free(logits); free(per_class); free(labels); free(predicted); free(confusion);
     return value;
 }

@@ -113,7 +113,7 @@ TOOL_FN void report(mil_context *ctx, const predictions *p, const data_set *d, c
     for (int64_t f = 0; f < folds; f++) {
         mil_metrics m;
         const int64_t in_fold = predictions_collect(p, f, split, 0, C, scaled, predicted);
-        for (int k = 0; k < MIL_METRIC_COUNT; k++) fold_value[f * MIL_METRIC_COUNT + k] = NAN;
+        for (int k = 0; k < MIL_METRIC_COUNT; k++) fold_value[f * MIL_METRIC_COUNT + k] = (double)NAN;
         if (!in_fold) continue;
         tool_check(ctx, mil_metrics_compute(ctx, scaled, predicted, in_fold, C, &m));
         for (int k = 0; k < MIL_METRIC_COUNT; k++) fold_value[f * MIL_METRIC_COUNT + k] = mil_metric_value(&m, (mil_metric)k);
