@@ -2447,14 +2447,14 @@ MILI_LANES mil_real mili_infinity(int negative)
     }
 
 #define MILI_DEFINE_TILES(T, TARGET, EACH_R) \
-    static TARGET void T##_tile(int64_t rows, int by_column, int64_t k, const mil_real *a, const mil_real *b, \
+    MILI_FN TARGET void T##_tile(int64_t rows, int by_column, int64_t k, const mil_real *a, const mil_real *b, \
                                 int64_t b_step, const mil_real *start, mil_real *c, int64_t c_row, int add) \
     { \
         EACH_R(T) \
     }
 
 #define MILI_DEFINE_DOT4(T, TARGET) \
-    static TARGET void T##_dot4(mil_real *out, const mil_real *a, int64_t a_row, const mil_real *b, int64_t k) \
+    MILI_FN TARGET void T##_dot4(mil_real *out, const mil_real *a, int64_t a_row, const mil_real *b, int64_t k) \
     { \
         T##_v s0 = T##_set(0), s1 = s0, s2 = s0, s3 = s0; \
         for (int64_t p = 0; p < k; p += T##_lanes, a += T##_lanes) { \
@@ -2483,7 +2483,7 @@ MILI_LANES mil_real mili_infinity(int negative)
     }
 
 #define MILI_DEFINE_ZIP(T, TARGET, f) \
-    static TARGET void T##_zip_##f(mil_real *y, const mil_real *a, const mil_real *b, int64_t n) \
+    MILI_FN TARGET void T##_zip_##f(mil_real *y, const mil_real *a, const mil_real *b, int64_t n) \
     { \
         int64_t i = 0; \
         for (; i + T##_lanes <= n; i += T##_lanes) T##_store(y + i, T##_##f(T##_load(a + i), T##_load(b + i))); \
@@ -2498,7 +2498,7 @@ MILI_LANES mil_real mili_infinity(int negative)
     MILI_DEFINE_ZIP(T, TARGET, tanh_grad) \
     MILI_DEFINE_ZIP(T, TARGET, sigmoid_grad) \
     MILI_DEFINE_ZIP(T, TARGET, relu_grad) \
-    static TARGET void T##_drop(mil_real *y, const mil_real *x, const mil_real *u, mil_real rate, int64_t n) \
+    MILI_FN TARGET void T##_drop(mil_real *y, const mil_real *x, const mil_real *u, mil_real rate, int64_t n) \
     { \
         const T##_v r = T##_set(rate), s = T##_set(1 / (1 - rate)), zero = T##_set(0); \
         int64_t i = 0; \
@@ -2508,7 +2508,7 @@ MILI_LANES mil_real mili_infinity(int negative)
 
 // max and min: the vectors' own instruction may drop a NaN, so NaNs are gathered on the side. None: 0 stays.
 #define MILI_DEFINE_EXTREME(T, TARGET, f, negative) \
-    static TARGET mil_real T##_fold_##f(const mil_real *x, int64_t n) \
+    MILI_FN TARGET mil_real T##_fold_##f(const mil_real *x, int64_t n) \
     { \
         mil_real top[2 * T##_lanes], y = mili_infinity(negative); \
         T##_v s = T##_set(y), nan = T##_set(0); \
@@ -2535,7 +2535,7 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
 
 // Sums: four accumulators take turns, vector by vector; what is left after the last full turn goes to the first.
 #define MILI_DEFINE_FOLDS(T, TARGET) \
-    static TARGET mil_real T##_fold_sum(const mil_real *x, int64_t n) \
+    MILI_FN TARGET mil_real T##_fold_sum(const mil_real *x, int64_t n) \
     { \
         T##_v s0 = T##_set(0), s1 = s0, s2 = s0, s3 = s0; \
         int64_t i = 0; \
@@ -2549,7 +2549,7 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
         if (i < n) s0 = T##_add(s0, T##_load_part(x + i, n - i)); \
         return T##_sum(T##_add(T##_add(s0, s1), T##_add(s2, s3))); \
     } \
-    static TARGET mil_real T##_fold_dot(const mil_real *x, const mil_real *y, int64_t n) \
+    MILI_FN TARGET mil_real T##_fold_dot(const mil_real *x, const mil_real *y, int64_t n) \
     { \
         T##_v s0 = T##_set(0), s1 = s0, s2 = s0, s3 = s0; \
         int64_t i = 0; \
@@ -2582,14 +2582,14 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
     } \
     MILI_DEFINE_EXTREME(T, TARGET, max, 1) \
     MILI_DEFINE_EXTREME(T, TARGET, min, 0) \
-    static TARGET void T##_mul_add(mil_real *y, const mil_real *a, const mil_real *b, int64_t n) \
+    MILI_FN TARGET void T##_mul_add(mil_real *y, const mil_real *a, const mil_real *b, int64_t n) \
     { \
         int64_t i = 0; \
         for (; i + T##_lanes <= n; i += T##_lanes) T##_store(y + i, T##_fma(T##_load(a + i), T##_load(b + i), T##_load(y + i))); \
         if (i < n) \
             T##_store_part(y + i, T##_fma(T##_load_part(a + i, n - i), T##_load_part(b + i, n - i), T##_load_part(y + i, n - i)), n - i); \
     } \
-    static TARGET void T##_axpy(mil_real *y, mil_real a, const mil_real *x, int64_t n) \
+    MILI_FN TARGET void T##_axpy(mil_real *y, mil_real a, const mil_real *x, int64_t n) \
     { \
         const T##_v s = T##_set(a); \
         int64_t i = 0; \
@@ -2597,14 +2597,14 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
         if (i < n) \
             T##_store_part(y + i, T##_fma(s, T##_load_part(x + i, n - i), T##_load_part(y + i, n - i)), n - i); \
     } \
-    static TARGET void T##_scale(mil_real *y, const mil_real *x, mil_real a, mil_real b, int64_t n) \
+    MILI_FN TARGET void T##_scale(mil_real *y, const mil_real *x, mil_real a, mil_real b, int64_t n) \
     { \
         const T##_v s = T##_set(a), t = T##_set(b); \
         int64_t i = 0; \
         for (; i + T##_lanes <= n; i += T##_lanes) T##_store(y + i, T##_fma(s, T##_load(x + i), t)); \
         if (i < n) T##_store_part(y + i, T##_fma(s, T##_load_part(x + i, n - i), t), n - i); \
     } \
-    static TARGET mil_real T##_exp_sum(mil_real *y, const mil_real *x, int64_t n, mil_real shift) \
+    MILI_FN TARGET mil_real T##_exp_sum(mil_real *y, const mil_real *x, int64_t n, mil_real shift) \
     { \
         const T##_v s = T##_set(shift); \
         T##_v sum = T##_set(0); \
