@@ -4365,8 +4365,9 @@ MIL_DEF mil_status mil_tape_backward_from(mil_tape *tape, mil_node *const *y, mi
 // parallel over the result, rows in order.
 //
 // Copies. A row value that a later group reads would have to be stored for all rows. Constants and converted inputs are computed
-// again there instead, tile by tile, as are light ops (element by element, random draws) of values that are stored anyway; under MIL_TAPE_RECOMPUTE all row values are, so that memory does not grow with the rows.
-// Copies run the same kernels on the same rows, so nothing changes in the results.
+// again there instead, tile by tile, as are light ops (element by element, random draws) of values that are stored anyway;
+// under MIL_TAPE_RECOMPUTE all row values are, so that memory does not grow with the rows. Copies run the same kernels on the
+// same rows, so nothing changes in the results.
 //
 // Places. Whole values share one workspace: two values may overlap when they never live at the same time.
 

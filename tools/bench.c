@@ -348,13 +348,14 @@ static double server_once(server *s, work *w)
         ok = mil_tape_rerun(s->tape) == MIL_OK;
         return ok ? clock_for(s->threads) - begin : -1;
     }
-    if (!strcmp(w->verb, "train")) {
+    if (!strcmp(w->verb, "train") || !strcmp(w->verb, "lean")) {             // lean: row values are computed again, not stored
         mil_bag bag = mil_bag_make(NULL, w->n, D);
         mil_target target = mil_target_class(1);
         double loss = 0;
         bag.features = mil_tensor_matrix(s->x, s->dtype, w->n, D);
         begin = clock_for(s->threads);
         if (!s->trainer) s->trainer = mil_trainer_create(s->model, "optimizer=adamw lr=0.0001 weight_decay=0.01");
+        if (s->trainer && w->verb[0] == 'l') mil_tape_set(mil_trainer_tape(s->trainer), MIL_TAPE_RECOMPUTE, 1);
         ok = s->trainer && mil_trainer_step(s->trainer, &bag, &target, &loss, NULL) == MIL_OK;
         end = clock_for(s->threads);
         w->out[w->out_count++] = loss;
@@ -725,7 +726,7 @@ static void measure(result *r, series *fma, unsigned mask, int threads, double s
             if (rounds > 15) rounds = 15;
         }
     }
-    if (!strncmp(request, "train", 5)) who[MIL].loaded = who[BLAS].loaded = 0;     // their weights are others now
+    if (!strncmp(request, "train", 5) || !strncmp(request, "lean", 4)) who[MIL].loaded = who[BLAS].loaded = 0;     // their weights are others now
 }
 
 static void drop_all(void)
@@ -901,6 +902,17 @@ static void section_train(void)
             print_peer(r, TORCH, 0, 1);
             printf("\n");
             fflush(stdout);
+            const double stored = median(&r[MIL].time);
+            if (t == 1) {                                  // the same step under MIL_TAPE_RECOMPUTE
+                result lean[CONTENDERS];
+                snprintf(request, sizeof request, "lean abmil %d f32", bag_sizes[i]);
+                measure(lean, &fma, 1, t, quick ? 1 : 3, 0, request);
+                if (lean[MIL].ran)
+                    printf("| %d, constant memory | %d | %s | %.0f | %.0f %% | %s | %.2f times as long as storing | |\n", bag_sizes[i], t, spread(&lean[MIL].time),
+                           train_flop(bag_sizes[i]) / median(&lean[MIL].time) * 1e-9, 100 * train_flop(bag_sizes[i]) / median(&lean[MIL].time) * 1e-9 / median(&fma),
+                           mebibytes(lean[MIL].peak), median(&lean[MIL].time) / stored);
+                fflush(stdout);
+            }
             if (t == 1 && bag_sizes[i] == 10000) {
                 add_point("training step", 0, train_flop(10000), 4 * (2 * 10000.0 * D + 4 * 920195.0), median(&r[MIL].time));
                 if (r[TORCH].ran) add_point("PyTorch: training step", TORCH, train_flop(10000), 4 * (2 * 10000.0 * D + 4 * 920195.0), median(&r[TORCH].time));
