@@ -7,7 +7,7 @@ top=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$dir" && dir=$(cd "$dir" && pwd) && cd "$top" || exit 1
 passed=0 failed=0
 tests=${*:-$(ls tests/test_*.c | sed 's|tests/test_||; s|\.c$||')}
-flags='-std=c99 -D_POSIX_C_SOURCE=200809L -I. -Itests -O2 -static'
+flags='-std=c99 -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64 -I. -Itests -O2 -static'
 table='aarch64-linux-gnu-gcc:qemu-aarch64: arm-linux-gnueabihf-gcc:qemu-arm: riscv64-linux-gnu-gcc:qemu-riscv64: s390x-linux-gnu-gcc:qemu-s390x: gcc:qemu-i386:-m32 gcc:qemu-x86_64: musl-gcc::'
 for row in ${CPUS:-$table}; do
     cc=${row%%:*} rest=${row#*:}
