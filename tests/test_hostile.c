@@ -114,7 +114,7 @@ TEST(checkpoints_with_broken_descriptions_are_refused_by_name)
         { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"{\\\"in_dim\\\":-4}\"}", -1, NULL, 0, NULL }, MIL_ERROR_ARGUMENT, "expected a whole number (" },
         { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"{\\\"in_dim\\\":4.5}\"}", -1, NULL, 0, NULL }, MIL_ERROR_ARGUMENT, "whole number" },
         { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"{\\\"in_dim\\\":{}}\"}", -1, NULL, 0, NULL }, MIL_ERROR_ARGUMENT, "whole number" },
-        { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"{\\X}\"}", -1, NULL, 0, NULL }, MIL_ERROR_FORMAT, "justify" },
+        { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"{\\\"in_dim\\\":16000,\\\"embed_dim\\\":16000}\"}", -1, NULL, 0, NULL }, MIL_ERROR_FORMAT, "justify" },
         { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"{\\\"in_dim\\\":9223372036854775808}\"}", -1, NULL, 0, NULL }, MIL_ERROR_ARGUMENT, "whole number" },
         { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"" CONFIG "\",\"mil.classes\":\"{}\"}", -1, NULL, 0, NULL }, MIL_ERROR_FORMAT, "mil.classes" },
         { { "\"__metadata__\":{\"mil.model\":\"abmil\",\"mil.config\":\"" CONFIG "\",\"mil.classes\":\"[1,2]\"}", -1, NULL, 0, NULL }, MIL_ERROR_FORMAT, "mil.classes" },
