@@ -38,12 +38,15 @@ else ifeq ($(CONFIG),debug)
 MIL_OPT      := -O0 -g
 MIL_TEST_OPT := -O0 -g
 else ifeq ($(CONFIG),asan)
+export ASAN_OPTIONS := allocator_may_return_null=1$(if $(ASAN_OPTIONS),:$(ASAN_OPTIONS))
 MIL_OPT      := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 MIL_TEST_OPT := $(MIL_OPT)
 else ifeq ($(CONFIG),tsan)
+export TSAN_OPTIONS := allocator_may_return_null=1$(if $(TSAN_OPTIONS),:$(TSAN_OPTIONS))
 MIL_OPT      := -O1 -g -fsanitize=thread
 MIL_TEST_OPT := $(MIL_OPT)
 else ifeq ($(CONFIG),msan)
+export MSAN_OPTIONS := allocator_may_return_null=1$(if $(MSAN_OPTIONS),:$(MSAN_OPTIONS))
 MIL_OPT      := -O1 -g -fno-omit-frame-pointer -fsanitize=memory -fsanitize-memory-track-origins
 MIL_TEST_OPT := $(MIL_OPT)
 else ifeq ($(CONFIG),coverage)

@@ -5082,11 +5082,14 @@ MILI_FN char *mili_value_at(const mil_node *v, int by_rows, size_t row_bytes, in
     char *at = (char *)base->data;
     if (p->place == MILI_PLACE_TILE && base->kind != MIL_KIND_LEAF) return slot ? slot + p->offset : NULL;
     if (!by_rows || !at) return at;                        // no memory yet: an input that is converted tile by tile
-    if (base->kind == MIL_KIND_LEAF) return at + (size_t)(row - p->row_base) * row_bytes;
+    if (base->kind == MIL_KIND_LEAF) return row < p->row_base ? NULL : at + (size_t)(row - p->row_base) * row_bytes;      // before it: begin, prepare
     return at + (size_t)(p->place == MILI_PLACE_WAVE ? row - wave : row) * row_bytes;
 }
 
 typedef struct mili_frame { mil_exec x; const void *in[MIL_MAX_INPUTS]; } mili_frame;
+
+// An empty value may have no memory; kernels get some address all the same, as memcpy and pointer sums take no NULL.
+MILI_FN void *mili_address(mili_frame *f, const mil_node *v, void *at) { return at || v->count ? at : f; }
 
 // Everything a kernel is told, for rows [row, row + rows) of n.
 MILI_FN void mili_frame_set(mili_frame *f, mil_context *ctx, const mil_node *n, int64_t row, int64_t rows, char *slot, int64_t wave)
@@ -5103,7 +5106,7 @@ MILI_FN void mili_frame_set(mili_frame *f, mil_context *ctx, const mil_node *n, 
     for (int i = 0; i < n->input_count; i++) {
         const int by_rows = n->row_inputs >> i & 1;
         const size_t row_bytes = by_rows ? (size_t)mili_input_row(n, i) * mil_dtype_size(n->input[i]->dtype) : 0;
-        f->in[i] = mili_value_at(n->input[i], by_rows, row_bytes, row, slot, wave);
+        f->in[i] = mili_address(f, n->input[i], mili_value_at(n->input[i], by_rows, row_bytes, row, slot, wave));
     }
     const int out_rows = n->kind == MIL_KIND_ROWS;
     x->out = mili_value_at(n, out_rows, out_rows ? mili_row_bytes(n) : 0, row, slot, wave);
@@ -5355,8 +5358,8 @@ MIL_DEF void mil_cpu_run(mil_context *ctx, mil_node *node)
         f.x.node = node;
         f.x.in = f.in;
         f.x.kernels = ctx->kernels;
-        for (int i = 0; i < node->input_count; i++) f.in[i] = node->input[i]->data;
-        f.x.out = node->data;
+        for (int i = 0; i < node->input_count; i++) f.in[i] = mili_address(&f, node->input[i], node->input[i]->data);
+        f.x.out = mili_address(&f, node, node->data);
         f.x.second = node->second ? node->second->data : NULL;
         f.x.area = &area;
         f.x.prepared = packed;
