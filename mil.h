@@ -3536,23 +3536,31 @@ MILI_FN void mili_gemm_run(const mili_kernels *K, const mili_gemm *g)
                     for (int64_t r = 0; r < rows; r++)
                         mili_pack_vector(a_tile + r * MILI_KC_STEP, a + r * g->a_row, g->a_col, depth, depth);
                 }
-                // The tile of A that comes next is fetched meanwhile, a strip of its columns per panel.
+                // The tile of A that comes next is fetched meanwhile, a strip of its columns per panel; so are the rows of C that
+                // a panel adds to, which are needed after its last product.
+                const int64_t line = 64 / (int64_t)sizeof(mil_real), strip = (depth * nr + (j1 - j0) - 1) / (j1 - j0);
                 const mil_real *next = a;
                 int64_t next_rows = 0;
-                const int64_t strip = (depth * nr + (j1 - j0) - 1) / (j1 - j0);
-                if (!by_column && g->a_col == 1 && i + mr < g->m) {
+                if (i + mr < g->m && (by_column || g->a_col == 1)) {
                     next = a + mr * g->a_row;
                     next_rows = MILI_MIN(g->m - i - mr, mr);
-                } else if (!by_column && g->a_col == 1 && p + depth < g->k) {
-                    next = g->a + p + depth;
+                } else if (p + depth < g->k && (by_column || g->a_col == 1)) {
+                    next = g->a + (p + depth) * g->a_col;
                     next_rows = MILI_MIN(g->m, mr);
                 }
                 for (int64_t j = j0; j < j1; j += nr) {
                     const int64_t width = MILI_MIN(g->n - j, nr);
                     const int64_t first = (j - j0) / nr * strip, end = MILI_MIN(first + strip, depth);
-                    for (int64_t r = 0; r < next_rows; r++)
-                        for (int64_t q = first; q < end; q += 64 / (int64_t)sizeof(mil_real))
-                            MILI_PREFETCH(next + r * g->a_row + q);
+                    if (by_column)
+                        for (int64_t q = first; q < end && next_rows; q++) {
+                            MILI_PREFETCH(next + q * g->a_col);
+                            MILI_PREFETCH(next + q * g->a_col + next_rows - 1);
+                        }
+                    else
+                        for (int64_t r = 0; r < next_rows; r++)
+                            for (int64_t q = first; q < end; q += line) MILI_PREFETCH(next + r * g->a_row + q);
+                    for (int64_t r = 0; r < rows && add; r++)
+                        for (int64_t q = 0; q < width; q += line) MILI_PREFETCH(g->c + (i + r) * g->c_row + j + q);
                     const mil_real *b = g->packed ? g->packed + j * g->k + p * nr : g->scratch + (j - j0) * depth;
                     int64_t b_step = nr;
                     if (in_place && width == nr) {
@@ -6917,16 +6925,25 @@ MILI_FN void mili_matmul_tn_merge(const mil_exec *x, void *into, const void *fro
 
 MILI_FN void mili_matmul_tn_finish(const mil_exec *x) { memcpy(x->out, x->state, mili_matmul_tn_state(x->node)); }
 
-// A task is a block of the result. Each packs its own columns of b once and its own columns of a, so blocks are as large as
-// leaves every thread two of them. An element's sum runs over the rows in order, whatever block it stands in.
+// A task is a block of the result, which packs its own columns of b and of a. Blocks are as large as leaves no thread idle: of
+// the ways to cut the rows, the one whose last thread is done first. An element's sum runs over the rows in order, whatever block
+// it stands in.
 enum { MILI_TN_COLS = 512, MILI_TN_ROWS = 48 };            // columns of a block; rows come in multiples of this
 
 MILI_FN int64_t mili_matmul_tn_rows(const mil_exec *x)     // of a block
 {
     const int64_t p = x->node->shape[x->node->rank - 2], across = (x->node->cols + MILI_TN_COLS - 1) / MILI_TN_COLS;
-    const int64_t down = MILI_MAX(1, (2 * x->ctx->threads + across - 1) / across);
-    const int64_t rows = x->ctx->threads == 1 ? p : (p + down - 1) / down;
-    return MILI_MAX(1, (rows + MILI_TN_ROWS - 1) / MILI_TN_ROWS) * MILI_TN_ROWS;
+    const int64_t threads = x->ctx->threads;
+    int64_t best = 0, best_time = 0;
+    for (int64_t down = 1; down <= 2 * threads; down++) {
+        const int64_t rows = MILI_MAX(1, ((p + down - 1) / down + MILI_TN_ROWS - 1) / MILI_TN_ROWS) * MILI_TN_ROWS;
+        const int64_t tasks = (p + rows - 1) / rows * across, rounds = (tasks + threads - 1) / threads;
+        const int64_t time = rounds * (rows + MILI_TN_ROWS);               // packing b takes about as long as 48 rows
+        if (best && time >= best_time) continue;
+        best = rows;
+        best_time = time;
+    }
+    return best;
 }
 
 MILI_FN void mili_matmul_tn_task(void *arg, int64_t index, void *scratch)
@@ -15891,7 +15908,7 @@ MILI_FN void mili_scorer_feed(mil_scorer *s, const mil_real *rows, int64_t count
     mili_group_rows(&s->group, s->fed, s->fed + count);
 }
 
-// Feeds `count` rows, a multiple of the tile, from the caller's memory. Returns the first that is not finite, -1: all are; the
+// Feeds `count` rows, a multiple of the tile or the last of the bag, from the caller's memory. Returns the first that is not finite, -1: all are; the
 // states are then to be put back. Uses the stage, which must be empty, unless the rows can be read where they stand.
 MILI_FN int64_t mili_scorer_feed_from(mil_scorer *s, const char *data, int64_t count, size_t stride, mil_dtype dtype)
 {
@@ -15912,7 +15929,8 @@ MILI_FN int64_t mili_scorer_feed_from(mil_scorer *s, const char *data, int64_t c
     return bad < 0 ? -1 : bad - r.first;
 }
 
-MILI_FN mil_status mili_scorer_push(mil_scorer *s, const void *rows, int64_t count, size_t stride, mil_dtype dtype)
+// whole: these rows are all of the bag, so that its last tile may be short and runs beside the others.
+MILI_FN mil_status mili_scorer_push(mil_scorer *s, const void *rows, int64_t count, size_t stride, mil_dtype dtype, int whole)
 {
     mil_context *ctx = s->ctx;
     const int64_t D = mil_model_in_dim(s->model);
@@ -15942,8 +15960,8 @@ MILI_FN mil_status mili_scorer_push(mil_scorer *s, const void *rows, int64_t cou
     int saved = 0;                                         // tiles are taken back by their states, staged rows by counting
     while (done < count && bad < 0) {
         const char *from = src + (size_t)done * stride;
-        if (s->staged == 0 && count - done >= tile && (direct || !s->whole_waves)) {
-            const int64_t n = (count - done) / tile * tile;
+        if (s->staged == 0 && (count - done >= tile || whole) && (direct || !s->whole_waves)) {
+            const int64_t n = whole ? count - done : (count - done) / tile * tile;
             if (!saved++) mili_scorer_states(s, 0);
             bad = mili_scorer_feed_from(s, from, n, stride, dtype);
             if (bad >= 0) { bad += done; break; }
@@ -15990,7 +16008,7 @@ MIL_DEF mil_status mil_scorer_push(mil_scorer *s, const void *rows, int64_t coun
 {
     if (!s) return MIL_ERROR_ARGUMENT;
     mili_enter(s->ctx);
-    return mili_scorer_push(s, rows, count, stride, dtype);
+    return mili_scorer_push(s, rows, count, stride, dtype, 0);
 }
 
 // Results for the rows so far, into the workspace.
@@ -16026,7 +16044,7 @@ MIL_DEF mil_status mil_scorer_score(mil_scorer *s, const mil_bag *bag)
         (stride[f->rank - 2] >= D * (int64_t)mil_dtype_size(f->dtype) || f->shape[f->rank - 2] == 1)) {
         mil_scorer_reset(s);
         const int64_t n = f->shape[f->rank - 2];
-        mil_status status = mili_scorer_push(s, f->data, n, n == 1 ? 0 : (size_t)stride[f->rank - 2], f->dtype);
+        mil_status status = mili_scorer_push(s, f->data, n, n == 1 ? 0 : (size_t)stride[f->rank - 2], f->dtype, 1);
         if (status == MIL_OK) status = mili_scorer_finish(s);              // now, so that the results are of the present weights
         s->scored = 1;
         return status;

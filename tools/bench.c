@@ -76,14 +76,6 @@ static double clock_for(int threads)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static void pause_for(double seconds)
-{
-    struct timespec t;
-    t.tv_sec = (time_t)seconds;
-    t.tv_nsec = (long)((seconds - (double)t.tv_sec) * 1e9);
-    nanosleep(&t, NULL);
-}
-
 // ---- series of measurements ------------------------------------------------------------------------------------------
 typedef struct series { int count; double value[MAX_TIMES]; } series;
 
@@ -595,10 +587,13 @@ static pid_t spawn(char *const *argv, int in, int out, int quiet)
     _exit(127);
 }
 
-// One request, one answer. 1 when the answer begins with ok; `reply` holds what follows.
+// One request, one answer. 1 when the answer begins with ok; `reply` holds what follows. Until its next request the contender is
+// stopped: the threads of some go on spinning after their work, and would take a core from the next.
 static int receive(contender *c, char *reply)
 {
-    if (!fgets(reply, LINE, c->from)) {
+    const char *line = fgets(reply, LINE, c->from);
+    kill(c->pid, SIGSTOP);
+    if (!line) {
         c->alive = 0;
         snprintf(c->reason, sizeof c->reason, "its process ended");
         snprintf(reply, LINE, "%s", c->reason);
@@ -617,6 +612,7 @@ MIL_PRINTF(3, 4) static int ask(contender *c, char *reply, const char *format, .
         snprintf(reply, LINE, "%s", c->reason);
         return 0;
     }
+    kill(c->pid, SIGCONT);
     va_start(list, format);
     vfprintf(c->to, format, list);
     va_end(list);
@@ -647,6 +643,7 @@ static void start(contender *c, char *const *argv)
 static void stop(contender *c)
 {
     if (!c->pid) return;
+    kill(c->pid, SIGCONT);
     if (c->to) fclose(c->to);
     if (c->from) fclose(c->from);
     waitpid(c->pid, NULL, 0);
@@ -716,7 +713,6 @@ static void measure(result *r, series *fma, unsigned mask, int threads, double s
                 if (t > 0.1) r[i].time.value[0] = t;
                 else r[i].time.count = 0;                  // short ones: the first is not counted
             }
-            pause_for(0.02);                               // its threads may spin a little longer
         }
         if (once) rounds = 1;
         else if (round == 0) {
