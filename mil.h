@@ -793,7 +793,7 @@ MIL_API mil_status mil_model_record(mil_tape *tape, mil_model *model, const mil_
 #define MIL_RESULT_LIST(X)                                                                          \
     X(MIL_LOGITS,        "logits",        "[C]")                                                    \
     X(MIL_PROBABILITIES, "probabilities", "[C] softmax of the logits; C = 1: sigmoid")              \
-    X(MIL_ATTENTION,     "attention",     "[N, K] raw scores; a masked instance's is the lowest finite number") \
+    X(MIL_ATTENTION,     "attention",     "[N, K] raw scores, or the weights of a model without; masked: the lowest finite number") \
     X(MIL_WEIGHTS,       "weights",       "[N, K] attention after the softmax")                    \
     X(MIL_RANK,          "rank",          "[N, K] place of its attention among the bag's, 0 the lowest, 1 the highest; ties share their mean") \
     X(MIL_CONTRIBUTION,  "contribution",  "[N, C] summand of each instance in each logit")          \
@@ -8198,11 +8198,12 @@ MILI_FN mil_node *mili_after(mil_node *x, mil_node *before)
 {
     x = mili_real(x);
     if (!x || !before || x->tape->training) return x;
-    const int again = x->op == &mili_op_layer_norm;
+    const int again = x->op == &mili_op_layer_norm, twice = x->op == &mili_op_later && x->input_count < MIL_MAX_INPUTS;
     mil_spec s = mil_spec_make(&mili_op_later, MIL_KIND_ROWS, x->rank, x->shape);
     s.input_count = 2;
-    s.input[0] = again ? x->input[0] : x;
+    s.input[0] = again || twice ? x->input[0] : x;
     s.input[1] = before;
+    for (int i = 1; twice && i < x->input_count; i++) s.input[s.input_count++] = x->input[i];
     s.row_inputs = 1;
     mil_node *y = mil_record(x->tape, &s);
     if (!again || !y) return y;
@@ -9121,18 +9122,27 @@ MIL_DEF mil_mha_layer mil_declare_mha(mil_builder *b, int64_t width, int64_t hea
     return layer;
 }
 
+// Keys (part 1) or values (part 2) of x, made once `before` (NULL: nothing) is complete. Where x is a linear layer of u itself,
+// (u W_1^T + b_1) W^T + b = u (W W_1)^T + (W b_1 + b): with more rows than u has columns, the product of the weights is cheaper.
+MILI_FN mil_node *mili_mha_keys(const mil_mha_layer *layer, mil_node *x, int64_t part, mil_node *before)
+{
+    if (!x || !layer->weight) return NULL;
+    const int64_t width = layer->weight->shape[1];
+    mil_node *w = mil_slice(mil_use(x->tape, layer->weight), 0, part * width, width);
+    mil_node *b = mil_slice(mil_use(x->tape, layer->bias), 0, part * width, width);
+    if (x->op == &mili_op_linear && x->i[0] && x->rows > x->input[0]->cols) {
+        if (x->input_count > 2) b = mil_linear(x->input[2], w, b);
+        w = mil_matmul(w, x->input[1]);
+        x = x->input[0];
+    }
+    return mil_linear(before ? mili_after(x, before) : x, w, b);
+}
+
 MIL_DEF mil_node *mil_mha_forward(const mil_mha_layer *layer, mil_node *q, mil_node *k, mil_node *v, mil_node *key_mask, mil_node **attention)
 {
-    mil_node *Q = NULL, *K, *V;
-    const int few = q && k && q->shape[1] < k->shape[1];
-    if (few) {                                             // queries first, keys and values stream
-        Q = mili_stacked_linear(q, layer->weight, layer->bias, 0, 3);                          // [B, n, E]
-        mil_node *later = mili_after(k, Q);
-        v = v == k ? later : mili_after(v, Q);
-        k = later;
-    }
-    K = mili_stacked_linear(k, layer->weight, layer->bias, 1, 3);                              // [B, m, E]
-    V = mili_stacked_linear(v, layer->weight, layer->bias, 2, 3);
+    const int few = q && k && q->shape[1] < k->shape[1];                                       // queries first, keys and values stream
+    mil_node *Q = few ? mili_stacked_linear(q, layer->weight, layer->bias, 0, 3) : NULL;       // [B, n, E]
+    mil_node *K = mili_mha_keys(layer, k, 1, Q), *V = mili_mha_keys(layer, v, 2, Q);           // [B, m, E]
     if (!few) Q = mili_stacked_linear(q, layer->weight, layer->bias, 0, 3);
     mil_node *o = mil_attention(Q, K, V, layer->heads, 0, key_mask, layer->dropout, "attention");
     if (attention) *attention = o;
@@ -15543,9 +15553,9 @@ MILI_FN void mili_scorer_keep(mil_scorer *s, const mil_outputs *out, int streame
     mil_node *results[MIL_RESULT_COUNT];
     memset((void *)results, 0, sizeof results);
     results[MIL_LOGITS] = out->logits;
-    results[MIL_ATTENTION] = out->attention_scores ? out->attention_scores : out->attention;
+    results[MIL_ATTENTION] = out->attention_scores ? out->attention_scores : out->attention_weights;
     results[MIL_WEIGHTS] = out->attention_weights;
-    results[MIL_RANK] = out->attention_scores ? out->attention_scores : out->attention_weights;
+    results[MIL_RANK] = results[MIL_ATTENTION];
     if (results[MIL_RANK] && results[MIL_RANK]->rank != 3) results[MIL_RANK] = NULL;           // [B, N, K]
     results[MIL_CONTRIBUTION] = out->contribution;
     results[MIL_SLIDE_FEATS] = out->slide_feats;
