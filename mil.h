@@ -184,7 +184,8 @@ MIL_API const char *mil_dtype_name(mil_dtype dtype);      // "F32", ...; "?" for
 #define MIL_MAX_RANK 8
 
 // A view of memory that somebody else owns. As an input the memory is only read, and may be unaligned.
-// stride: bytes from one index to the next, per axis; all zero means packed, row-major.
+// stride: bytes from one index to the next, per axis; all zero means packed, row-major. Else each axis counts: for rows with
+// padding behind them stride[0] is the bytes of a padded row and stride[1] those of one element.
 typedef struct mil_tensor {
     void     *data;
     mil_dtype dtype;
@@ -612,7 +613,7 @@ typedef struct mil_model mil_model;
 //   name     `<model>.<config>.<encoder>.<task>`, short names filled in: "abmil" = "abmil.base.uni.none". The encoder gives
 //            in_dim (mil_encoder_at lists them). A task other than "none" says that weights will be loaded.
 //            Models and configs: mil_architecture_at(i)->name, ->configs (>>extending).
-//   options  "key=value key=value", no blanks around the =, the reference's keyword names; NULL or "" for none. Later wins.
+//   options  "key=value key=value", blanks or commas between, none around the =, the reference's keyword names; NULL or "" for none. Later wins.
 //            Lists: "a=[1,2]". The options of a model with type, default, range and meaning: mil_model_architecture(m)->options,
 //            or mil_architecture_at(i)->options without a model; `mil models NAME` prints them.
 // Returns NULL on error: an unknown model, config, encoder or option (the sentence names the nearest known one), an
@@ -681,7 +682,8 @@ MIL_API mil_load_options mil_load_options_default(void);
 // Missing, extra and mis-shaped tensors are named in one sentence; the model is unchanged unless MIL_OK is returned.
 // A file without the classifier (FEATHER) loads with new_head.
 // A trainer of the model may live meanwhile: it goes on from the new weights with its old moments, counters and averages (to
-// start anew, make a new trainer); not while the averaged weights are swapped in. Scorers take the new weights at the next bag.
+// start anew, make a new trainer); MIL_ERROR_STATE while the averaged weights are swapped in. Scorers take the new weights at the
+// next bag.
 // A snapshot of the weights in memory, as for early stopping: mil_save_memory, and mil_load_memory to go back to it.
 MIL_API mil_status mil_load_memory(mil_model *model, const void *bytes, size_t size, const mil_load_options *options);
 #ifndef MIL_NO_STDIO
@@ -888,13 +890,13 @@ MIL_API mil_node *mil_bce_with_logits(mil_node *logits, mil_node *targets, doubl
     X(REAL,   clip_value,      "0",        "0..",  "each element of it is cut to +-this, before clip_norm; 0: not")             \
     X(CHOICE, schedule,        "constant", "constant|step|cosine", "of the learning rate")                                      \
     X(INT,    schedule_unit,   "1",        "1..",  "updates per unit of t; updates per epoch: the rate changes between epochs") \
-    X(INT,    steps,           "0",        "0..",  "cosine: the t at which min_lr is reached")                                  \
+    X(INT,    steps,           "0",        "0..",  "cosine: the t at which min_lr is reached, the warm-up's t included")        \
     X(REAL,   min_lr,          "0",        "0..",  "cosine: min_lr + (lr - min_lr) (1 + cos(pi t / steps)) / 2")               \
     X(REAL,   gamma,           "0.1",      "0..",  "step: lr gamma^floor(t / every)")                                           \
     X(REAL,   every,           "1",        "0..",  "step: need not be whole")                                                   \
     X(INT,    warmup,          "0",        "0..",  "t < warmup: warmup_lr + t (lr - warmup_lr) / warmup")                       \
     X(REAL,   warmup_lr,       "0.000001", "0..",  "where the warm-up starts")                                                  \
-    X(BOOL,   warmup_shift,    "true",     NULL,   "the schedule starts when the warm-up ends; false: it runs beneath it, from t = 0") \
+    X(BOOL,   warmup_shift,    "true",     NULL,   "the schedule runs from the warm-up's end: t - warmup and steps - warmup in its formula; false: beneath it, from t = 0") \
     X(REAL,   ema,             "0",        "0..1", "decay of the averaged weights; 0: none are kept")                           \
     X(BOOL,   ema_warmup,      "false",    NULL,   "decay min(ema, 1 - (1 + q / ema_gamma)^-ema_power), q = max(0, updates before this one - ema_after - 1)") \
     X(INT,    ema_after,       "0",        "0..",  "updates before the average starts to lag; only with ema_warmup")            \
@@ -940,7 +942,8 @@ MIL_API mil_tape *mil_trainer_tape(mil_trainer *trainer);
 MIL_API mil_status mil_trainer_swap_ema(mil_trainer *trainer);
 
 // All that a later mil_trainer_restore needs to go on with the same bits: moments, counters, EMA, accumulated gradients, as
-// safetensors. The model's weights are saved apart (mil_save). save: *size is the room on entry, the need on return (dst NULL:
+// safetensors. The model's weights are saved apart (mil_save; put both into one file, mil_save_memory's bytes and these as two U8
+// tensors of mil_tensors_write, where a kill between two files must not part them). save: *size is the room on entry, the need on return (dst NULL:
 // only asks). restore: into a trainer with the same options over a model of the same parameters; unchanged unless MIL_OK. An
 // option of another value is MIL_ERROR_FORMAT and named, but for `seed`, which the state brings along as it does the factor of
 // mil_trainer_scale_lr, by which the rate of a restored run can be changed.
@@ -959,7 +962,8 @@ MIL_API mil_status mil_trainer_restore(mil_trainer *trainer, const void *bytes, 
 //     of class 1.
 // Threads: calls with different contexts are independent. Memory: what a call allocates it frees before it returns.
 
-// What mil_metrics holds: X(NAME, member, sign, meaning); sign +1: higher is better, -1: lower is better.
+// What mil_metrics holds: X(NAME, member, sign, meaning); sign +1: higher is better, -1: lower is better. "Two classes only": NaN
+// with more.
 #define MIL_METRIC_LIST(X)                                                                                      \
     X(ACCURACY,          accuracy,          +1, "share of bags whose predicted class is the true one")          \
     X(BALANCED_ACCURACY, balanced_accuracy, +1, "recall, averaged over the classes that have bags")             \
@@ -11192,9 +11196,10 @@ MILI_FN mil_status mili_tensors_parse(mil_context *ctx, const char *where, const
     }
     n = mili_read_le(at, 8);
     if (n > MILI_TENSORS_MAX_HEADER || n > size - 8) {
+        const char *hint = mili_file_hint(at, MILI_MIN(size, 8));
         status = mili_fail(ctx, MIL_ERROR_FORMAT, "%s: the header's length %llu is %s%s", where, (unsigned long long)n,
                            n > MILI_TENSORS_MAX_HEADER ? "above the format's 100000000" : "past the end of the file",
-                           mili_file_hint(at, MILI_MIN(size, 8)));
+                           *hint ? hint : size < 9 || at[8] != '{' ? " (no safetensors file?)" : "");
         goto done;
     }
     if (n == 0 || at[8] != '{') {
@@ -11926,6 +11931,7 @@ struct mil_model {
     char      **class_name;
     int64_t     class_count;
     char      **option_text;                               // of mil_model_option, made when first asked for
+    int         averaged;                                  // a trainer's averaged weights are swapped in
 };
 
 // ---- option tables ----
@@ -12821,12 +12827,17 @@ MILI_FN mil_status mili_load_tensors(mil_model *model, const mil_tensors *file, 
     mili_name_list missing, extra;
     memset(&missing, 0, sizeof missing);
     memset(&extra, 0, sizeof extra);
+    int64_t missing_head = 0;
     const int64_t tensors = mil_tensors_count(file);
     int64_t *from = (int64_t *)mili_alloc(ctx, (size_t)(model->param_count + 1) * sizeof *from);    // which tensor fills which parameter
     size_t room = 0;
     void *copy = NULL;
     if (!from) return ctx->status;
     for (int64_t i = 0; i < model->param_count; i++) from[i] = -1;
+    if (model->averaged) {                                 // swapping back would drop what is loaded now
+        mili_fail(ctx, MIL_ERROR_STATE, "%s: the averaged weights of a trainer are swapped into %s; swap them back first", where, model->name);
+        goto done;
+    }
 
     for (int64_t t = 0; t < tensors; t++) {
         const char *name = mil_tensors_name(file, t);
@@ -12854,13 +12865,15 @@ MILI_FN mil_status mili_load_tensors(mil_model *model, const mil_tensors *file, 
     }
     for (int64_t i = 0; i < model->param_count; i++) {
         const mil_param *p = model->param[i];
-        if (from[i] < 0 && !(o.new_head && mili_is_head(model->arch, p->key))) mili_name_list_add(&missing, p->key);
+        const int head = mili_is_head(model->arch, p->key);
+        if (from[i] < 0 && !(o.new_head && head)) { mili_name_list_add(&missing, p->key); missing_head += head; }
         room = MILI_MAX(room, (size_t)p->count * mil_dtype_size(p->dtype));
     }
     if ((missing.count && !o.allow_missing) || (extra.count && !o.allow_extra)) {
-        mili_fail(ctx, MIL_ERROR_UNKNOWN, "%s does not fit %s:%s%s%s%s%s", where, model->name, missing.count && !o.allow_missing ? " missing " : "",
+        mili_fail(ctx, MIL_ERROR_UNKNOWN, "%s does not fit %s:%s%s%s%s%s%s", where, model->name, missing.count && !o.allow_missing ? " missing " : "",
                   missing.count && !o.allow_missing ? missing.text : "", missing.count && extra.count && !o.allow_missing && !o.allow_extra ? ";" : "",
-                  extra.count && !o.allow_extra ? " not in the model " : "", extra.count && !o.allow_extra ? extra.text : "");
+                  extra.count && !o.allow_extra ? " not in the model " : "", extra.count && !o.allow_extra ? extra.text : "",
+                  missing.count && missing_head == missing.count && !o.allow_missing && (!extra.count || o.allow_extra) ? "; mil_load_options.new_head leaves the classification head fresh" : "");
         goto done;
     }
     if (!mili_host_memory(ctx) && !(copy = mili_alloc(ctx, room))) goto done;
@@ -12882,7 +12895,7 @@ MIL_DEF mil_status mil_load_memory(mil_model *model, const void *bytes, size_t s
     if (!model) return MIL_ERROR_ARGUMENT;
     mil_tensors *file;
     if (mil_tensors_open_memory(model->ctx, bytes, size, 0, &file) != MIL_OK) return model->ctx->status;
-    mili_load_tensors(model, file, options, "weights");
+    mili_load_tensors(model, file, options, "safetensors in memory");
     mil_tensors_free(file);
     return model->ctx->status;
 }
@@ -13244,6 +13257,9 @@ MIL_DEF mil_status mil_model_record(mil_tape *tape, mil_model *model, const mil_
         mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "bag: features must be [N, %lld] or [B, N, %lld] with data", (long long)D, (long long)D);
     else if (f.shape[f.rank - 1] != D)
         mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "bag: features %s, the model takes width %lld", mili_shape_text(f.rank, f.shape).s, (long long)D);
+    else if (D > 1 && !mili_tensor_packed(&f) && f.stride[f.rank - 1] == 0)    // only the rows' stride was set: each row would be one number, repeated
+        mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "bag: features: stride[%d] is 0 beside strides that are not; for whole rows it is %lld, the bytes of one element",
+                      f.rank - 1, (long long)mil_dtype_size(f.dtype));
     else if (!mili_with_batch(&f, 3) || f.shape[0] < 1 || f.shape[1] < 1)
         mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "bag: features %s hold no instance", mili_shape_text(bag->features.rank, bag->features.shape).s);
     else if (f.shape[0] > 1 && !(model->arch->flags & MIL_MODEL_BATCHES))
@@ -13746,7 +13762,8 @@ MILI_FN void mili_clam_losses(const mili_clam *m, const mili_clam_config *c, con
 {
     const int64_t k = c->k_sample, N = in->features->shape[1], y = mili_target_label(in->target);
     if (k > N || y < 0 || y >= c->num_classes) {
-        if (k > N) mil_tape_fail(in->tape, MIL_ERROR_ARGUMENT, "k_sample is %lld, the bag has %lld instances", (long long)k, (long long)N);
+        if (k > N) mil_tape_fail(in->tape, MIL_ERROR_ARGUMENT, "k_sample is %lld, the bag has %lld instance%s; create the model with a smaller k_sample, or leave such bags out",
+                          (long long)k, (long long)N, N == 1 ? "" : "s");
         else mil_tape_fail(in->tape, MIL_ERROR_ARGUMENT, "label %lld is not one of the classes 0..%lld", (long long)y, (long long)(c->num_classes - 1));
         return;
     }
@@ -14873,6 +14890,7 @@ MIL_DEF void mil_trainer_free(mil_trainer *t)
 {
     if (!t) return;
     mil_context *ctx = t->ctx;
+    if (t->swapped) t->model->averaged = 0;                // they stay in the model, as its own
     for (int64_t i = 0; i < t->slots; i++) {
         mili_slot *slot = &t->slot[i];
         if (slot->grad.data && slot->param->grad == slot->grad.data) slot->param->grad = NULL;
@@ -15284,7 +15302,7 @@ MIL_DEF mil_status mil_trainer_swap_ema(mil_trainer *t)
         slot->param->version++;
     }
     mili_free(ctx, copy, 2 * most);
-    if (ctx->status == MIL_OK) t->swapped = !t->swapped;
+    if (ctx->status == MIL_OK) t->swapped = t->model->averaged = !t->swapped;
     return ctx->status;
 }
 
@@ -15807,9 +15825,13 @@ MIL_DEF void mil_scorer_free(mil_scorer *s)
 
 MIL_DEF size_t mil_scorer_bytes(mil_model *model, const mil_scorer_options *options, int64_t instances)
 {
-    if (!model || instances < 1 || instances > MILI_STREAM_MAX) return 0;
+    if (!model) return 0;
     mil_context *ctx = model->ctx;
     mili_enter(ctx);
+    if (instances < 1 || instances > MILI_STREAM_MAX) {
+        mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_bytes: instances is %lld, not in 1..%lld", (long long)instances, (long long)MILI_STREAM_MAX);
+        return 0;
+    }
     const mil_scorer_options wanted = options ? *options : mil_scorer_options_default();
     if (!mili_scorer_options_fit(ctx, &wanted, "mil_scorer_bytes")) return 0;
     const size_t before = ctx->bytes;

@@ -596,6 +596,8 @@ TEST(safetensors_lengths_are_checked)
     }
     CHECK(mil_tensors_open_memory(ctx, "PK\3\4aaaaaaaaa", 13, 0, &file) == MIL_ERROR_FORMAT);
     CHECK_CONTAINS(mil_error(ctx), "a zip");
+    CHECK(mil_tensors_open_memory(ctx, "slide,label\n1,0\n", 16, 0, &file) == MIL_ERROR_FORMAT);
+    CHECK_CONTAINS(mil_error(ctx), "(no safetensors file?)");
     CHECK(mil_tensors_open_memory(ctx, "\x89HDF\r\n\x1a\n....", 12, 0, &file) == MIL_ERROR_FORMAT);
     CHECK_CONTAINS(mil_error(ctx), "HDF5");
     CHECK(mil_tensors_open_memory(ctx, NULL, 12, 0, &file) == MIL_ERROR_ARGUMENT);

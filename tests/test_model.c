@@ -372,7 +372,7 @@ TEST(files_that_do_not_fit_are_named_and_change_nothing)
     s.tensor[s.count++] = mil_tensor_matrix(three, MIL_REAL_DTYPE, 1, 3);
     write_state(&s, NULL, 0);
     CHECK(mil_load_memory(m, file, file_size, NULL) == MIL_ERROR_UNKNOWN);
-    CHECK_STRING(mil_error(ctx), "weights does not fit abmil.base.uni.none: missing patch_embed.0.weight, global_attn.attention_c.bias; not in the model model.head.scale");
+    CHECK_STRING(mil_error(ctx), "safetensors in memory does not fit abmil.base.uni.none: missing patch_embed.0.weight, global_attn.attention_c.bias; not in the model model.head.scale");
     CHECK(bits_of(m) == before);
     CHECK(mil_load_memory(m, file, file_size, &lax) == MIL_OK);                // the rest is loaded
     CHECK(memcmp(mil_model_find(m, "classifier.weight")->data, mil_model_find(other, "classifier.weight")->data, 24 * sizeof(mil_real)) == 0);
@@ -383,7 +383,7 @@ TEST(files_that_do_not_fit_are_named_and_change_nothing)
     s.tensor[find_state(&s, "classifier.bias")].shape[0] = 2;
     write_state(&s, NULL, 0);
     CHECK(mil_load_memory(m, file, file_size, &lax) == MIL_ERROR_SHAPE);
-    CHECK_STRING(mil_error(ctx), "weights: model.classifier.bias is [2], the model abmil.base.uni.none has [3]");
+    CHECK_STRING(mil_error(ctx), "safetensors in memory: model.classifier.bias is [2], the model abmil.base.uni.none has [3]");
     CHECK(bits_of(m) == before);
 
     mil_real *w = (mil_real *)mil_model_find(other, "global_attn.attention_b.0.weight")->data;
@@ -392,7 +392,7 @@ TEST(files_that_do_not_fit_are_named_and_change_nothing)
         s = state_of(other, "model.");
         write_state(&s, NULL, 0);
         CHECK(mil_load_memory(m, file, file_size, NULL) == MIL_ERROR_NUMERIC);
-        CHECK_STRING(mil_error(ctx), "weights: model.global_attn.attention_b.0.weight holds NaN or infinity");
+        CHECK_STRING(mil_error(ctx), "safetensors in memory: model.global_attn.attention_b.0.weight holds NaN or infinity");
         CHECK(bits_of(m) == before);
     }
     lax.check_finite = 0;
@@ -458,7 +458,7 @@ TEST(files_without_a_classifier_open_with_a_fresh_one)         // as FEATHER's a
     CHECK(mil_file_write(ctx, path_of("model.safetensors"), file, file_size) == MIL_OK);
 
     CHECK(mil_load(b, path_of("model.safetensors")) == MIL_ERROR_UNKNOWN);
-    CHECK_CONTAINS(mil_error(ctx), "missing classifier.weight, classifier.bias");
+    CHECK_CONTAINS(mil_error(ctx), "missing classifier.weight, classifier.bias; mil_load_options.new_head leaves");
     mil_load_options o = mil_load_options_default();
     o.new_head = 1;
     CHECK(mil_load_with(b, path_of("model.safetensors"), &o) == MIL_OK);       // another number of classes is fine then
@@ -653,6 +653,15 @@ TEST(a_bag_without_instances_is_named_in_its_own_shape)
     CHECK(mil_tape_create(ctx, &tape) == MIL_OK);
     CHECK(mil_model_record(tape, m, &bag, NULL, &out) == MIL_ERROR_ARGUMENT);
     CHECK_CONTAINS(mil_error(ctx), "features [0, 6] hold no instance");
+    mil_tensor padded = mil_tensor_matrix(x, MIL_REAL_DTYPE, 1, 6);           // a stride for the rows alone: one number per row
+    padded.stride[0] = 6 * (int64_t)sizeof(mil_real);
+    bag = mil_bag_from(&padded);
+    mil_tape_reset(tape);
+    CHECK(mil_model_record(tape, m, &bag, NULL, &out) == MIL_ERROR_ARGUMENT);
+    CHECK_CONTAINS(mil_error(ctx), "stride[1] is 0");
+    bag.features.stride[1] = (int64_t)sizeof(mil_real);
+    mil_tape_reset(tape);
+    CHECK(mil_model_record(tape, m, &bag, NULL, &out) == MIL_OK);
     bag = mil_bag_from(NULL);
     mil_tape_reset(tape);
     CHECK(mil_model_record(tape, m, &bag, NULL, &out) == MIL_ERROR_ARGUMENT);

@@ -368,6 +368,9 @@ TEST(arguments_that_make_no_sense_are_refused)
     CHECK_CONTAINS(mil_error(ctx), "options.capacity is -1, not in 0..");
     CHECK(mil_scorer_bytes(model, &o, 10) == 0);
     o.capacity = 0;
+    mil_error_clear(ctx);
+    CHECK(mil_scorer_bytes(model, &o, -3) == 0 && mil_error_status(ctx) == MIL_ERROR_ARGUMENT);
+    CHECK_CONTAINS(mil_error(ctx), "mil_scorer_bytes: instances is -3, not in 1..");
     o.results = 1u << 20;
     CHECK(mil_scorer_create(model, &o) == NULL);
     CHECK_CONTAINS(mil_error(ctx), "options.results is 0x100000");

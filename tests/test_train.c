@@ -771,10 +771,22 @@ TEST(swapping_the_average_twice_gives_the_weights_back)
     CHECK(abmil_step(&r, features, 0, NULL, NULL) == MIL_ERROR_STATE);
     CHECK(mil_trainer_flush(r.trainer) == MIL_ERROR_STATE);
     CHECK(mil_trainer_save(r.trainer, NULL, &size) == MIL_ERROR_STATE);
+    size = 0;                                              // what is loaded now would become the average when swapped back
+    CHECK(mil_save_memory(r.model, NULL, &size) == MIL_OK);
+    char *snapshot = (char *)malloc(size);
+    CHECK(snapshot && mil_save_memory(r.model, snapshot, &size) == MIL_OK);
+    CHECK(mil_load_memory(r.model, snapshot, size, NULL) == MIL_ERROR_STATE);
+    CHECK_CONTAINS(mil_error(r.ctx), "averaged weights");
     CHECK(mil_trainer_swap_ema(r.trainer) == MIL_OK);
     weights_of(&r, weights[1], ROOM);
     CHECK(memcmp(weights[0], weights[1], (size_t)n * sizeof(mil_real)) == 0);
     CHECK(abmil_step(&r, features, 6, NULL, NULL) == MIL_OK);
+    CHECK(mil_load_memory(r.model, snapshot, size, NULL) == MIL_OK);
+    CHECK(mil_trainer_swap_ema(r.trainer) == MIL_OK);      // a freed trainer leaves the average in the model, which then loads
+    mil_trainer_free(r.trainer);
+    r.trainer = NULL;
+    CHECK(mil_load_memory(r.model, snapshot, size, NULL) == MIL_OK);
+    free(snapshot);
     rig_close(&r);
 }
 
