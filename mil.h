@@ -11935,6 +11935,14 @@ struct mil_model {
 };
 
 // ---- option tables ----
+// The member that holds an option of each type.
+#define MILI_C_INT int64_t
+#define MILI_C_REAL double
+#define MILI_C_BOOL int
+#define MILI_C_CHOICE int
+#define MILI_C_INTS mil_int_list
+#define MILI_C_TEXTS mil_text_list
+
 // X(name, in_dim)
 #define MILI_ENCODERS(X)                                                                            \
     X(conch_v1, 512)                                                                                \
@@ -13289,9 +13297,17 @@ MIL_DEF mil_status mil_model_record(mil_tape *tape, mil_model *model, const mil_
 // ==== >>model-blocks: the models ==================================================================================
 //
 // Each block: the paper and its equations, the table of options (names and defaults of the reference), the parameters under
-// the reference's keys, the forward pass. x [B, N, in_dim] are the instances of B bags.
+// the reference's keys, the forward pass. x [B, N, in_dim] are the instances of B bags. Where a bag may have a mask, what is
+// missing takes no part in a softmax over n; the equations leave that out.
 
-#define MILI_OPTION_ROW(T, type, member, value, choices, doc) { #member, type, offsetof(T, member), value, choices, doc },
+// A model's list of options makes the struct that they fill, T_config, with a member each, and the table T_options.
+#define MILI_CONFIG_MEMBER(T, type, member, value, range, doc) MILI_C_##type member;
+#define MILI_CONFIG_ROW(T, type, member, value, range, doc) { #member, MIL_OPTION_##type, offsetof(T##_config, member), value, range, doc },
+#define MILI_CONFIG(T, LIST)                                              \
+    typedef struct T##_config { LIST(MILI_CONFIG_MEMBER, T) } T##_config; \
+    static const mil_option T##_options[] = { LIST(MILI_CONFIG_ROW, T) }
+
+static const mil_config mili_base_configs[] = { { "base", "" } };
 
 // Scores of missing instances become the most negative number, and their features zero, so that a NaN in padding spoils
 // nothing. The most negative number and not -inf: scores of a bag without any real instance are then all equal, and its attention
@@ -13300,16 +13316,13 @@ MIL_DEF mil_status mil_model_record(mil_tape *tape, mil_model *model, const mil_
 MILI_FN mil_node *mili_mask_column(mil_node *mask)         // [B, N] -> [B, N, 1]
 {
     if (!mask) return NULL;
-    int64_t shape[3];
-    shape[0] = mask->shape[0];
-    shape[1] = mask->shape[1];
-    shape[2] = 1;
+    const int64_t shape[3] = { mask->shape[0], mask->shape[1], 1 };
     return mil_reshape(mask, 3, shape);
 }
 
 MILI_FN mil_node *mili_mask_real(mil_node *mask)           // mask [B, N, 1], with ones for a bag that has none
 {
-    return mil_maximum(mask, mil_affine(mil_max(mask, 1), -1, 1));                   // 1 - max is 1 exactly when the bag has no real instance
+    return mil_maximum(mask, mil_affine(mil_max(mask, 1), -1, 1));             // 1 - max is 1 exactly when the bag has no real instance
 }
 
 MILI_FN mil_node *mili_mask_features(mil_node *x, mil_node *mask)              // mask [B, N, 1] or NULL
@@ -13317,23 +13330,74 @@ MILI_FN mil_node *mili_mask_features(mil_node *x, mil_node *mask)              /
     return mask ? mil_mask_fill(x, mili_mask_real(mask), 0) : x;
 }
 
+MILI_FN mil_node *mili_mask_scores(mil_node *a, mil_node *mask)                // a [B, N, K], mask [B, N, 1] or NULL
+{
+    return mask ? mil_mask_fill(a, mask, -(double)MILI_REAL_MAX) : a;
+}
+
 // Each bag's own rows: y[b,k] = x[b, index[b,k]].  x [B, N, E], index [B, 1, K] -> [B, K, E]
 MILI_FN mil_node *mili_gather_bags(mil_node *x, mil_node *index)
 {
     if (!x || !index) return NULL;
-    int64_t shape[3];
-    shape[0] = x->shape[0];
-    shape[1] = -1;
-    shape[2] = 1;
+    const int64_t shape[3] = { x->shape[0], -1, 1 };
     return mil_gather_rows(x, mil_reshape(index, 3, shape));
 }
 
-// The summand of each instance in each logit, for pooling by weights and a linear head: p_n (W h_n), without the bias.
-// weights [B, N, 1], h [B, N, E] -> [B, N, C]
-MILI_FN mil_node *mili_contribution(const mil_linear_layer *head, mil_node *weights, mil_node *h)
+// Learned tokens [1, count, width], and these for each bag: [1, k, E] -> [B, k, E].
+MILI_FN mil_param *mili_declare_token(mil_builder *b, mil_init_kind kind, double a, int64_t count, int64_t width, const char *key)
 {
-    if (!h || !weights) return NULL;
-    return mil_mul(mil_linear(h, mil_use(h->tape, head->weight), NULL), weights);
+    const mil_init init = { kind, a };
+    const int64_t shape[3] = { 1, count, width };
+    return mil_declare(b, init, 3, shape, "%s", key);
+}
+
+MILI_FN mil_node *mili_tokens(mil_tape *tape, mil_param *param, int64_t bags)
+{
+    mil_node *t = mil_use(tape, param);
+    if (!t) return NULL;
+    const int64_t shape[3] = { bags, t->shape[1], t->shape[2] };
+    return mil_broadcast(t, 3, shape);
+}
+
+MILI_FN int64_t mili_square_side(int64_t n)                // ceil(sqrt n)
+{
+    int64_t s = (int64_t)sqrt((double)n);
+    while (s > 0 && (s - 1) * (s - 1) >= n) s--;
+    while (s * s < n) s++;
+    return s;
+}
+
+// x [B, N, E] and its first rows again, so that there are `rows`, N to 2 N.
+MILI_FN mil_node *mili_wrap_rows(mil_node *x, int64_t rows)
+{
+    if (!x || rows == x->shape[1]) return x;
+    mil_node *part[2] = { x, mil_slice(x, 1, 0, rows - x->shape[1]) };
+    return mil_concat(part, 2, 1);
+}
+
+enum { MILI_MAX_BLOCKS = 32 };
+MILI_FN void mili_push_block(mil_tape *tape, int64_t i)    // for error sentences
+{
+    char name[32];
+    snprintf(name, sizeof name, "block%lld", (long long)i);
+    mil_tape_push(tape, name);
+}
+
+// The summand of each instance in each logit, for pooling by weights p and a linear head: p_n (W h_n), without the bias.
+// p [B, N, 1], h [B, N, E] -> [B, N, C]
+MILI_FN mil_node *mili_contribution(const mil_linear_layer *head, mil_node *p, mil_node *h)
+{
+    if (!h || !p) return NULL;
+    return mil_mul(mil_linear(h, mil_use(h->tape, head->weight), NULL), p);
+}
+
+// What attention pooling of h [B, N, E] tells beside its result: the scores a [B, N, K], the weights softmax_n(a), and, with a linear
+// head and K = 1, the contributions. head NULL: without them.
+MILI_FN void mili_report_attention(mil_outputs *out, mil_node *a, mil_node *h, const mil_linear_layer *head)
+{
+    out->attention_scores = a;
+    out->attention_weights = mil_softmax(a, 1);
+    if (head) out->contribution = mili_contribution(head, out->attention_weights, h);
 }
 
 MILI_FN mil_node *mili_bag_loss(const mil_inputs *in, mil_node *logits)
@@ -13366,8 +13430,8 @@ MILI_FN void mili_two_losses(mil_outputs *out, mil_node *cls, mil_node *instance
 MILI_FN void *mili_tape_array(mil_tape *tape, int64_t count, size_t size)
 {
     void *p = NULL;
-    if (count < 0 || (uint64_t)count > SIZE_MAX / 2 / size) mili_fail(tape->ctx, MIL_ERROR_NO_MEMORY, "no memory for %lld elements", (long long)count);
-    else p = mili_arena_alloc(tape->ctx, &tape->arena, (size_t)count * size);
+    if (count >= 0 && (uint64_t)count <= SIZE_MAX / 2 / size) p = mili_arena_alloc(tape->ctx, &tape->arena, (size_t)count * size);
+    else mili_fail(tape->ctx, MIL_ERROR_NO_MEMORY, "no memory for %lld elements", (long long)count);
     return p ? p : (void *)mili_tape_fail_ctx(tape);
 }
 
@@ -13381,23 +13445,16 @@ MILI_FN void *mili_declare_array(mil_builder *b, int64_t count, size_t size)
 
 // ---- abmil: attention-based pooling (Ilse, Tomczak, Welling, ICML 2018), as MIL-Lab has it -----------------------------
 //   h_n = embed(x_n)      a_n = scorer(h_n)      p = softmax_n(a)      z = sum_n p_n h_n      logits = W z + b
-typedef struct mili_abmil_config { int64_t in_dim, num_classes, embed_dim, attn_dim, num_fc_layers; int gate; double dropout; } mili_abmil_config;
+#define MILI_ABMIL_OPTIONS(X, T)                                                                        \
+    X(T, INT,  in_dim,        "1024", "1..1000000", "width D of an instance")                           \
+    X(T, INT,  num_classes,   "2",    "0..1000000", "classes C; 0: no classifier, only slide features") \
+    X(T, INT,  embed_dim,     "512",  "1..1000000", "width E of an embedded instance")                  \
+    X(T, INT,  attn_dim,      "384",  "1..1000000", "width A inside the attention scorer")              \
+    X(T, INT,  num_fc_layers, "1",    "1..16",      "layers of the patch MLP")                          \
+    X(T, BOOL, gate,          "true", NULL,         "gated attention (eq. 9) or plain (eq. 8)")         \
+    X(T, REAL, dropout,       "0.25", "0..1",       "rate between the MLP's layers and in the scorer")
 
-#define MILI_ABMIL_OPTIONS(X)                                                                                              \
-    X(MIL_OPTION_INT,  in_dim,        "1024", "1..1000000", "width D of an instance")                                      \
-    X(MIL_OPTION_INT,  num_classes,   "2",    "0..1000000", "classes C; 0: no classifier, only slide features")            \
-    X(MIL_OPTION_INT,  embed_dim,     "512",  "1..1000000", "width E of an embedded instance")                             \
-    X(MIL_OPTION_INT,  attn_dim,      "384",  "1..1000000", "width A inside the attention scorer")                         \
-    X(MIL_OPTION_INT,  num_fc_layers, "1",    "1..16",      "layers of the patch MLP")                                     \
-    X(MIL_OPTION_BOOL, gate,          "true", NULL,         "gated attention (eq. 9) or plain (eq. 8)")                    \
-    X(MIL_OPTION_REAL, dropout,       "0.25", "0..1",       "rate between the MLP's layers and in the scorer")
-
-static const mil_option mili_abmil_options[] = {
-#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_abmil_config, type, member, value, choices, doc)
-    MILI_ABMIL_OPTIONS(MILI_ROW)
-#undef MILI_ROW
-};
-static const mil_config mili_abmil_configs[] = { { "base", "" } };
+MILI_CONFIG(mili_abmil, MILI_ABMIL_OPTIONS);
 
 typedef struct mili_abmil { mil_patch_mlp embed; mil_attention_scorer scorer; mil_linear_layer classifier; } mili_abmil;
 
@@ -13417,46 +13474,39 @@ MILI_FN void mili_abmil_forward(const void *model, const void *config, const mil
     mil_node *mask = mili_mask_column(in->mask);
     mil_node *h = mil_patch_mlp_forward(&m->embed, mili_mask_features(in->features, mask));    // [B, N, E]
     mil_node *a = mil_attention_scores(&m->scorer, h);                                         // [B, N, 1]
-    if (mask) a = mil_mask_fill(a, mask, -(double)MILI_REAL_MAX);
+    a = mili_mask_scores(a, mask);
     mil_node *z = mil_softmax_pool(a, h);                                                      // [B, 1, E]: one attention map, K = 1
 
     out->attention = mil_transpose(a);                                                         // [B, 1, N]
-    out->attention_scores = a;
-    out->attention_weights = mil_softmax(a, 1);                                                // [B, N, 1]
+    mili_report_attention(out, a, h, c->num_classes ? &m->classifier : NULL);
     out->slide_feats = mil_squeeze(z, 1);                                                      // [B, E]
     if (c->num_classes == 0) return;
-    out->contribution = mili_contribution(&m->classifier, out->attention_weights, h);          // [B, N, C]
     out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, C]
     out->loss = mili_bag_loss(in, out->logits);
 }
 
 // ---- abmil.torchmil: the same pooling over raw instances, binary, as torchmil has it --------------------------------
 //   x_n <- feat_ext(x_n)      a_n = w . act(V x_n + b) [* sigmoid(U x_n + c)]      z = sum_n softmax(a)_n x_n      logit = v . z + d
-typedef struct mili_abmil_torchmil_config { int64_t in_dim, att_dim; int att_act, gated; mil_int_list feat_ext_sizes; mil_text_list feat_ext_activations; } mili_abmil_torchmil_config;
+#define MILI_ABMIL_TORCHMIL_OPTIONS(X, T)                                                                                          \
+    X(T, INT,    in_dim,               "1024",  "1..1000000",     "width of an instance")                                          \
+    X(T, INT,    att_dim,              "128",   "1..1000000",     "width A inside the attention")                                  \
+    X(T, CHOICE, att_act,              "tanh",  "tanh|relu|gelu", "activation of the attention")                                   \
+    X(T, BOOL,   gated,                "false", NULL,             "gated attention")                                               \
+    X(T, INTS,   feat_ext_sizes,       "null",  "1..1000000",     "widths of an MLP before the attention")                         \
+    X(T, TEXTS,  feat_ext_activations, "null",  NULL,             "its activations: a name with relu, sigmoid or tanh; else none")
 
-#define MILI_ABMIL_TORCHMIL_OPTIONS(X)                                                                                     \
-    X(MIL_OPTION_INT,    in_dim,               "1024",  "1..1000000",     "width of an instance")                          \
-    X(MIL_OPTION_INT,    att_dim,              "128",   "1..1000000",     "width A inside the attention")                  \
-    X(MIL_OPTION_CHOICE, att_act,              "tanh",  "tanh|relu|gelu", "activation of the attention")                   \
-    X(MIL_OPTION_BOOL,   gated,                "false", NULL,             "gated attention")                               \
-    X(MIL_OPTION_INTS,   feat_ext_sizes,       "null",  "1..1000000",     "widths of an MLP before the attention")         \
-    X(MIL_OPTION_TEXTS,  feat_ext_activations, "null",  NULL,             "its activations: a name with relu, sigmoid or tanh; else none")
-
-static const mil_option mili_abmil_torchmil_options[] = {
-#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_abmil_torchmil_config, type, member, value, choices, doc)
-    MILI_ABMIL_TORCHMIL_OPTIONS(MILI_ROW)
-#undef MILI_ROW
-};
+MILI_CONFIG(mili_abmil_torchmil, MILI_ABMIL_TORCHMIL_OPTIONS);
 static const mil_config mili_torchmil_configs[] = { { "torchmil", "" } };
 
 typedef struct mili_abmil_torchmil { mil_mlp feat_ext; mil_attention_scorer pool; mil_linear_layer classifier; } mili_abmil_torchmil;
 
 MILI_FN void mili_abmil_torchmil_declare(mil_builder *b, void *model, const void *config)
 {
+    static const mil_activation acts[3] = { MIL_ACT_TANH, MIL_ACT_RELU, MIL_ACT_GELU };
     mili_abmil_torchmil *m = (mili_abmil_torchmil *)model;
     const mili_abmil_torchmil_config *c = (const mili_abmil_torchmil_config *)config;
     const int64_t D = mil_declare_mlp(b, c->in_dim, &c->feat_ext_sizes, &c->feat_ext_activations, &m->feat_ext, "feat_ext.net");
-    m->pool = mil_declare_attention_pool(b, D, c->att_dim, (mil_activation)(c->att_act == 0 ? MIL_ACT_TANH : c->att_act == 1 ? MIL_ACT_RELU : MIL_ACT_GELU), c->gated, "pool");
+    m->pool = mil_declare_attention_pool(b, D, c->att_dim, acts[c->att_act], c->gated, "pool");
     m->classifier = mil_declare_linear(b, D, 1, 1, MIL_LINEAR_TORCH, "classifier.module");
 }
 
@@ -13473,10 +13523,8 @@ MILI_FN void mili_abmil_torchmil_forward(const void *model, const void *config, 
     // The reference reports the scores of padding as it finds it.
     mil_node *raw = mask ? mil_attention_scores(&m->pool, mil_mlp_forward(&m->feat_ext, in->features)) : f;
     out->attention = mil_squeeze(raw, 2);                                                      // [B, N]
-    out->attention_scores = a;
-    out->attention_weights = mil_softmax(a, 1);                                                // [B, N, 1]
+    mili_report_attention(out, a, x, &m->classifier);
     out->slide_feats = mil_squeeze(z, 1);                                                      // [B, D]
-    out->contribution = mili_contribution(&m->classifier, out->attention_weights, x);          // [B, N, 1]
     out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, 1]
     out->loss = mili_bag_loss(in, out->logits);
     mil_output(out, "loss.BCEWithLogitsLoss", out->loss);
@@ -13488,24 +13536,17 @@ MILI_FN void mili_abmil_torchmil_forward(const void *model, const void *config, 
 //   bag_c = b_c + sum_{c',e} W[c,c',e] F_{c'e}                          logits = (bag + max_n s_n) / 2
 // Two products over all instances are not made: with q(h) = W h + b the scores are h . (W^T q_c) + b . q_c, and as P sums to
 // 1 the weighted mean of the values is v(sum_n P_nc h_n).
-typedef struct mili_dsmil_config { int64_t in_dim, num_classes, embed_dim, num_fc_layers; double dropout; int64_t attn_dim; double dropout_v; int mask_critical; } mili_dsmil_config;
+#define MILI_DSMIL_OPTIONS(X, T)                                                                                        \
+    X(T, INT,  in_dim,        "1024",  "1..1000000", "width D of an instance")                                          \
+    X(T, INT,  num_classes,   "2",     "1..1000000", "classes C")                                                       \
+    X(T, INT,  embed_dim,     "512",   "1..1000000", "width E of an embedded instance")                                 \
+    X(T, INT,  num_fc_layers, "1",     "1..16",      "layers of the patch MLP")                                         \
+    X(T, REAL, dropout,       "0.25",  "0..1",       "rate between the MLP's layers")                                   \
+    X(T, INT,  attn_dim,      "384",   "1..1000000", "width A of the queries")                                          \
+    X(T, REAL, dropout_v,     "0.0",   "0..1",       "rate before the value layer")                                     \
+    X(T, BOOL, mask_critical, "false", NULL,         "ours: a masked instance is never critical; in MIL-Lab it can be")
 
-#define MILI_DSMIL_OPTIONS(X)                                                                                              \
-    X(MIL_OPTION_INT,  in_dim,        "1024",  "1..1000000", "width D of an instance")                                     \
-    X(MIL_OPTION_INT,  num_classes,   "2",     "1..1000000", "classes C")                                                  \
-    X(MIL_OPTION_INT,  embed_dim,     "512",   "1..1000000", "width E of an embedded instance")                            \
-    X(MIL_OPTION_INT,  num_fc_layers, "1",     "1..16",      "layers of the patch MLP")                                     \
-    X(MIL_OPTION_REAL, dropout,       "0.25",  "0..1",       "rate between the MLP's layers")                              \
-    X(MIL_OPTION_INT,  attn_dim,      "384",   "1..1000000", "width A of the queries")                                     \
-    X(MIL_OPTION_REAL, dropout_v,     "0.0",   "0..1",       "rate before the value layer")                                \
-    X(MIL_OPTION_BOOL, mask_critical, "false", NULL,         "ours: a masked instance is never critical; in MIL-Lab it can be")
-
-static const mil_option mili_dsmil_options[] = {
-#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_dsmil_config, type, member, value, choices, doc)
-    MILI_DSMIL_OPTIONS(MILI_ROW)
-#undef MILI_ROW
-};
-static const mil_config mili_dsmil_configs[] = { { "base", "" } };
+MILI_CONFIG(mili_dsmil, MILI_DSMIL_OPTIONS);
 
 typedef struct mili_dsmil { mil_patch_mlp embed; mil_linear_layer inst_classifier, q, v, classifier; mil_norm_layer norm; } mili_dsmil;
 
@@ -13513,13 +13554,8 @@ typedef struct mili_dsmil { mil_patch_mlp embed; mil_linear_layer inst_classifie
 MILI_FN mil_linear_layer mili_declare_conv1d(mil_builder *b, int64_t in, int64_t out, int64_t width, const char *key)
 {
     mil_linear_layer layer;
-    mil_init init;
-    int64_t shape[3];
-    init.kind = MIL_INIT_UNIFORM;
-    init.a = 1 / sqrt((double)in * (double)width);
-    shape[0] = out;
-    shape[1] = in;
-    shape[2] = width;
+    const mil_init init = { MIL_INIT_UNIFORM, 1 / sqrt((double)in * (double)width) };
+    const int64_t shape[3] = { out, in, width };
     layer.weight = mil_declare(b, init, 3, shape, "%s.weight", key);
     layer.bias = mil_declare(b, init, 1, &out, "%s.bias", key);
     return layer;
@@ -13552,18 +13588,15 @@ MILI_FN void mili_dsmil_forward(const void *model, const void *config, const mil
     mil_node *u = mil_matmul(q, mil_use(in->tape, m->q.weight));                               // [B, C, E]  W^T q_c
     mil_node *bq = mil_transpose(mil_sum(mil_mul(q, mil_use(in->tape, m->q.bias)), -1));       // [B, 1, C]  b . q_c
     mil_node *a = mil_add(mil_matmul_t(h, u, 0, 1), bq);                                       // [B, N, C]
-    if (mask) a = mil_mask_fill(a, mask, -(double)MILI_REAL_MAX);
-    a = mil_affine(a, 1 / sqrt((double)c->attn_dim), 0);
-    mil_node *z = mil_softmax_pool(a, mil_dropout(h, c->dropout_v, "v"));                      // [B, C, E]
+    a = mil_affine(mili_mask_scores(a, mask), 1 / sqrt((double)c->attn_dim), 0);
+    mil_node *z = mil_softmax_pool(a, mil_dropout(h, c->dropout_v, "v"));                      // [B, C, E]  sum_n P_nc h_n
     mil_node *F = mil_layer_norm_forward(&m->norm, mil_linear_forward(&m->v, z));              // [B, C, E]
 
-    int64_t flat[2];                                                                           // the convolution as a matrix
-    flat[0] = -1;
-    flat[1] = c->num_classes * c->embed_dim;
+    const int64_t flat[2] = { -1, c->num_classes * c->embed_dim };                             // the convolution as a matrix
     mil_node *W = mil_reshape(mil_use(in->tape, m->classifier.weight), 2, flat);               // [C, C E]
     mil_node *bag = mil_linear(mil_reshape(F, 2, flat), W, mil_use(in->tape, m->classifier.bias));     // [B, C]
-    out->attention = out->attention_weights = mil_softmax(a, 1);                               // [B, N, C]
-    out->attention_scores = a;
+    mili_report_attention(out, a, h, NULL);
+    out->attention = out->attention_weights;                                                   // [B, N, C]
     out->slide_feats = F;
     mil_output(out, "instance_logits", s);
     mil_output(out, "bag_logits", bag);
@@ -13574,30 +13607,24 @@ MILI_FN void mili_dsmil_forward(const void *model, const void *config, const mil
 // ---- wikg: a learned graph of patches (Li, Chen, Chu, Sun, Guan, Han, He, CVPR 2024), as MIL-Lab has it ----------------
 //   h = relu(W x + b), h <- (h + mean_n h) / 2       e = W_head h, t = W_tail h
 //   neighbours of i: the k largest <e_i, t_j>        p_ij = softmax_j(<e_i, t_j> / sqrt E)      g_ij = tanh(e_i + p_ij t_j)
-//   q_i = softmax_j <g_ij, t_j>                      n_i = sum_j q_ij t_j                       u_i = aggregate(e_i, n_i)
-//   z = LN(pool_i u_i)                               logits = C z + c
+//   q_i = softmax_j <g_ij, t_j>                      n_i = sum_j q_ij t_j                       u_i = aggregate(e_i, n_i): agg_type
+//   z = LN(mean or max of the u_i, or sum_i softmax_i(gate_2 lrelu(gate_0 u_i)) u_i)           logits = C z + c
 // No N x N matrix is made: the k neighbours of each row are found by tiles. The report `attention` [B, N, N] holds p at the
 // neighbours and is built from them only when it is kept.
-typedef struct mili_wikg_config { int64_t in_dim, num_classes, embed_dim, topk; int agg_type, pool; double dropout; int act; } mili_wikg_config;
 enum { MILI_WIKG_GCN, MILI_WIKG_SAGE, MILI_WIKG_BI };                              // agg_type
 enum { MILI_WIKG_MEAN, MILI_WIKG_MAX, MILI_WIKG_ATTN };                            // pool
 
-#define MILI_WIKG_OPTIONS(X)                                                                                                       \
-    X(MIL_OPTION_INT,    in_dim,      "1024",           "1..1000000",              "width D of an instance")                       \
-    X(MIL_OPTION_INT,    num_classes, "2",              "1..1000000",              "classes C")                                    \
-    X(MIL_OPTION_INT,    embed_dim,   "512",            "2..1000000",              "width E of an embedded instance")              \
-    X(MIL_OPTION_INT,    topk,        "4",              "1..1000000",              "neighbours k of each patch, at most N")        \
-    X(MIL_OPTION_CHOICE, agg_type,    "bi-interaction", "gcn|sage|bi-interaction", "u = act(L(e+n)); act(L[e,n]); act(L1(e+n)) + act(L2(e*n))") \
-    X(MIL_OPTION_CHOICE, pool,        "attn",           "mean|max|attn",           "over patches")                                 \
-    X(MIL_OPTION_REAL,   dropout,     "0.25",           "0..1",                    "rate before pooling")                          \
-    X(MIL_OPTION_CHOICE, act,         "leaky_relu",     "leaky_relu|relu|tanh",    "activation of the aggregation")
+#define MILI_WIKG_OPTIONS(X, T)                                                                                                         \
+    X(T, INT,    in_dim,      "1024",           "1..1000000",              "width D of an instance")                                    \
+    X(T, INT,    num_classes, "2",              "1..1000000",              "classes C")                                                 \
+    X(T, INT,    embed_dim,   "512",            "2..1000000",              "width E of an embedded instance")                           \
+    X(T, INT,    topk,        "4",              "1..1000000",              "neighbours k of each patch, at most N")                     \
+    X(T, CHOICE, agg_type,    "bi-interaction", "gcn|sage|bi-interaction", "u = act(L(e+n)); act(L[e,n]); act(L1(e+n)) + act(L2(e*n))") \
+    X(T, CHOICE, pool,        "attn",           "mean|max|attn",           "over patches")                                              \
+    X(T, REAL,   dropout,     "0.25",           "0..1",                    "rate before pooling")                                       \
+    X(T, CHOICE, act,         "leaky_relu",     "leaky_relu|relu|tanh",    "activation of the aggregation")
 
-static const mil_option mili_wikg_options[] = {
-#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_wikg_config, type, member, value, choices, doc)
-    MILI_WIKG_OPTIONS(MILI_ROW)
-#undef MILI_ROW
-};
-static const mil_config mili_wikg_configs[] = { { "base", "" } };
+MILI_CONFIG(mili_wikg, MILI_WIKG_OPTIONS);
 
 typedef struct mili_wikg { mil_linear_layer embed, head, tail, linear1, linear2, gate0, gate2, classifier; mil_norm_layer norm; } mili_wikg;
 
@@ -13653,17 +13680,15 @@ MILI_FN void mili_wikg_forward(const void *model, const void *config, const mil_
     mil_node *h = mil_relu(mil_linear_forward(&m->embed, in->features));                       // [B, N, E]
     h = mil_affine(mil_add(h, mil_mean(h, 1)), 0.5, 0);
     mil_node *e = mil_linear_forward(&m->head, h), *tail = mil_linear_forward(&m->tail, h);    // [B, N, E]
-    mil_node *nearest = mil_nearest(e, tail, k);                                                  // [B, N, k] indices
-    for (int64_t j = 0; j < k; j++) t[j] = mil_gather_rows(tail, mili_column(nearest, j));        // [B, N, E]
+    mil_node *nearest = mil_nearest(e, tail, k);                                               // [B, N, k] indices
+    for (int64_t j = 0; j < k; j++) t[j] = mil_gather_rows(tail, mili_column(nearest, j));     // [B, N, E]
     mil_node *p = mili_wikg_weights(e, t, NULL, k, 1 / sqrt((double)c->embed_dim), score);     // [B, N, k]
     mil_node *q = mili_wikg_weights(e, t, p, k, 1, score);                                     // [B, N, k]
     mil_node *n = mil_mul(t[0], mili_column(q, 0));                                            // [B, N, E]
     for (int64_t j = 1; j < k; j++) n = mil_add(n, mil_mul(t[j], mili_column(q, j)));
 
-    mil_node *pair[2], *u;
-    pair[0] = e;
-    pair[1] = n;
-    u = mil_activate(mil_linear_forward(&m->linear1, c->agg_type == MILI_WIKG_SAGE ? mil_concat(pair, 2, -1) : mil_add(e, n)), act);
+    mil_node *pair[2] = { e, n }, *mixed = c->agg_type == MILI_WIKG_SAGE ? mil_concat(pair, 2, -1) : mil_add(e, n);
+    mil_node *u = mil_activate(mil_linear_forward(&m->linear1, mixed), act);                   // [B, N, E]
     if (c->agg_type == MILI_WIKG_BI) u = mil_add(u, mil_activate(mil_linear_forward(&m->linear2, mil_mul(e, n)), act));
     u = mil_dropout(u, c->dropout, "message");
 
@@ -13671,8 +13696,7 @@ MILI_FN void mili_wikg_forward(const void *model, const void *config, const mil_
     if (c->pool == MILI_WIKG_ATTN) {
         mil_node *a = mil_linear_forward(&m->gate2, mil_leaky_relu(mil_linear_forward(&m->gate0, u), 0.01));
         z = mil_softmax_pool(a, u);
-        out->attention_scores = a;                                                             // [B, N, 1]
-        out->attention_weights = mil_softmax(a, 1);
+        mili_report_attention(out, a, u, NULL);                                                // a [B, N, 1]
     } else z = c->pool == MILI_WIKG_MEAN ? mil_mean(u, 1) : mil_max(u, 1);
     out->slide_feats = mil_layer_norm_forward(&m->norm, mil_squeeze(z, 1));                    // [B, E]
     out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, C]
@@ -13690,34 +13714,22 @@ MILI_FN void mili_wikg_forward(const void *model, const void *config, const mil_
 //   The k instances of most attention should look like the bag's class y to instance classifier y, the k of least should not;
 //   with subtyping, the k of most attention should not look like the other classes to theirs:
 //   instance_loss = l_y, or sum_c l_c / C      loss = w cls_loss + (1 - w) instance_loss
-typedef struct mili_clam_config {
-    int64_t in_dim, num_classes, embed_dim, n_fc_layers;
-    double  dropout;
-    int     gate;
-    int64_t attention_dim, k_sample;
-    int     subtyping, instance_loss_fn;
-    double  bag_weight;
-} mili_clam_config;
 enum { MILI_CLAM_SVM, MILI_CLAM_CE };                                              // instance_loss_fn
 
-#define MILI_CLAM_OPTIONS(X)                                                                                               \
-    X(MIL_OPTION_INT,    in_dim,           "1024",  "1..1000000", "width D of an instance")                                \
-    X(MIL_OPTION_INT,    num_classes,      "2",     "1..1000000", "classes C")                                             \
-    X(MIL_OPTION_INT,    embed_dim,        "512",   "1..1000000", "width E of an embedded instance")                       \
-    X(MIL_OPTION_INT,    n_fc_layers,      "1",     "1..16",      "layers of the patch MLP")                               \
-    X(MIL_OPTION_REAL,   dropout,          "0.25",  "0..1",       "rate between the MLP's layers and in the scorer")       \
-    X(MIL_OPTION_BOOL,   gate,             "true",  NULL,         "gated attention or plain")                              \
-    X(MIL_OPTION_INT,    attention_dim,    "384",   "1..1000000", "width A inside the attention scorer")                   \
-    X(MIL_OPTION_INT,    k_sample,         "8",     "1..1000000", "instances k from each end, at most N")                  \
-    X(MIL_OPTION_BOOL,   subtyping,        "false", NULL,         "the other classes' instance classifiers learn too")     \
-    X(MIL_OPTION_CHOICE, instance_loss_fn, "svm",   "svm|ce",     "smooth top-1 SVM loss or cross-entropy")                \
-    X(MIL_OPTION_REAL,   bag_weight,       "0.7",   "0..1",       "weight w of the bag's loss")
+#define MILI_CLAM_OPTIONS(X, T)                                                                                \
+    X(T, INT,    in_dim,           "1024",  "1..1000000", "width D of an instance")                            \
+    X(T, INT,    num_classes,      "2",     "1..1000000", "classes C")                                         \
+    X(T, INT,    embed_dim,        "512",   "1..1000000", "width E of an embedded instance")                   \
+    X(T, INT,    n_fc_layers,      "1",     "1..16",      "layers of the patch MLP")                           \
+    X(T, REAL,   dropout,          "0.25",  "0..1",       "rate between the MLP's layers and in the scorer")   \
+    X(T, BOOL,   gate,             "true",  NULL,         "gated attention or plain")                          \
+    X(T, INT,    attention_dim,    "384",   "1..1000000", "width A inside the attention scorer")               \
+    X(T, INT,    k_sample,         "8",     "1..1000000", "instances k from each end, at most N")              \
+    X(T, BOOL,   subtyping,        "false", NULL,         "the other classes' instance classifiers learn too") \
+    X(T, CHOICE, instance_loss_fn, "svm",   "svm|ce",     "smooth top-1 SVM loss or cross-entropy")            \
+    X(T, REAL,   bag_weight,       "0.7",   "0..1",       "weight w of the bag's loss")
 
-static const mil_option mili_clam_options[] = {
-#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_clam_config, type, member, value, choices, doc)
-    MILI_CLAM_OPTIONS(MILI_ROW)
-#undef MILI_ROW
-};
+MILI_CONFIG(mili_clam, MILI_CLAM_OPTIONS);
 static const mil_config mili_clam_configs[] = {
     { "base", "" }, { "base_ce", "instance_loss_fn=ce" }, { "base_subtyping", "subtyping=true" },
     { "base_ce_subtyping", "instance_loss_fn=ce subtyping=true" }
@@ -13762,14 +13774,16 @@ MILI_FN void mili_clam_losses(const mili_clam *m, const mili_clam_config *c, con
 {
     const int64_t k = c->k_sample, N = in->features->shape[1], y = mili_target_label(in->target);
     if (k > N || y < 0 || y >= c->num_classes) {
-        if (k > N) mil_tape_fail(in->tape, MIL_ERROR_ARGUMENT, "k_sample is %lld, the bag has %lld instance%s; create the model with a smaller k_sample, or leave such bags out",
+        if (k > N)
+            mil_tape_fail(in->tape, MIL_ERROR_ARGUMENT,
+                          "k_sample is %lld, the bag has %lld instance%s; create the model with a smaller k_sample, or leave such bags out",
                           (long long)k, (long long)N, N == 1 ? "" : "s");
-        else mil_tape_fail(in->tape, MIL_ERROR_ARGUMENT, "label %lld is not one of the classes 0..%lld", (long long)y, (long long)(c->num_classes - 1));
+        else
+            mil_tape_fail(in->tape, MIL_ERROR_ARGUMENT, "label %lld is not one of the classes 0..%lld", (long long)y,
+                          (long long)(c->num_classes - 1));
         return;
     }
-    mil_node *ends[2], *sum = NULL;
-    ends[0] = mil_topk(a, k, 1, 1);                                                            // [1, k, 1] of most attention
-    ends[1] = mil_topk(a, k, 1, 0);                                                            // [1, k, 1] of least
+    mil_node *ends[2] = { mil_topk(a, k, 1, 1), mil_topk(a, k, 1, 0) }, *sum = NULL;           // [1, k, 1] of most attention, of least
     mil_node *rows = mil_gather_rows(h, mil_concat(ends, 2, 1));                               // [1, 2 k, E]
     for (int64_t i = 0; i < c->num_classes; i++) {
         if (i != y && !c->subtyping) continue;
@@ -13788,10 +13802,8 @@ MILI_FN void mili_clam_forward(const void *model, const void *config, const mil_
     mil_node *h = mil_patch_mlp_forward(&m->embed, in->features);                              // [1, N, E]
     mil_node *a = mil_attention_scores(&m->scorer, h);                                         // [1, N, 1]
     out->attention = mil_squeeze(a, 2);                                                        // [1, N]
-    out->attention_scores = a;
-    out->attention_weights = mil_softmax(a, 1);                                                // [1, N, 1]
+    mili_report_attention(out, a, h, &m->classifier);
     out->slide_feats = mil_squeeze(mil_softmax_pool(a, h), 1);                                 // [1, E]
-    out->contribution = mili_contribution(&m->classifier, out->attention_weights, h);          // [1, N, C]
     out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [1, C]
     mil_output(out, "instance_feats", mil_squeeze(h, 0));                                      // [N, E]
 #ifndef MIL_NO_TRAINING
@@ -13807,39 +13819,32 @@ MILI_FN void mili_clam_forward(const void *model, const void *config, const mil_
 // Neither attention has a softmax in MIL-Lab; paper_attention gives the paper's. Distilling by MaxS or MaxMinS sorts each
 // pseudo bag by r_n = softmax(C_1 a_n f_n)[C - 1] and keeps the k first (and the k last); AFS keeps b_g. With k = 0, MIL-Lab's
 // own defaults, MaxMinS keeps every row and MaxS none. instance_loss: mean loss of the sub_g; loss = w cls_loss + (1 - w) instance_loss.
-typedef struct mili_dftd_config {
-    int64_t in_dim, num_classes, embed_dim, attention_dim, num_residuals, num_group, total_instance;
-    int     distill;
-    double  bag_weight, dropout, attention_drop;
-    int64_t num_fc_layers;
-    int     paper_attention;
-} mili_dftd_config;
 enum { MILI_DFTD_MAXMINS, MILI_DFTD_MAXS, MILI_DFTD_AFS };                         // distill
 
-#define MILI_DFTD_OPTIONS(X)                                                                                                       \
-    X(MIL_OPTION_INT,    in_dim,          "1024",    "1..1000000",       "width D of an instance")                                 \
-    X(MIL_OPTION_INT,    num_classes,     "2",       "1..1000000",       "classes C")                                              \
-    X(MIL_OPTION_INT,    embed_dim,       "512",     "1..1000000",       "width E of an embedded instance")                        \
-    X(MIL_OPTION_INT,    attention_dim,   "128",     "1..1000000",       "width A inside both scorers")                            \
-    X(MIL_OPTION_INT,    num_residuals,   "4",       "0..1000",          "residual blocks after the first layer")                  \
-    X(MIL_OPTION_INT,    num_group,       "8",       "1..1000000",       "pseudo bags G")                                          \
-    X(MIL_OPTION_INT,    total_instance,  "4",       "0..1000000",       "k = total_instance / num_group, rounded down")           \
-    X(MIL_OPTION_CHOICE, distill,         "MaxMinS", "MaxMinS|MaxS|AFS", "what a pseudo bag hands to the second tier")             \
-    X(MIL_OPTION_REAL,   bag_weight,      "0.7",     "0..1",             "weight w of the second tier's loss")                     \
-    X(MIL_OPTION_REAL,   dropout,         "0.25",    "0..1",             "rate before the first tier's classifier")                \
-    X(MIL_OPTION_REAL,   attention_drop,  "0.25",    "0..1",             "rate in the first tier's scorer")                        \
-    X(MIL_OPTION_INT,    num_fc_layers,   "1",       NULL,               "without effect, as in MIL-Lab")                          \
-    X(MIL_OPTION_BOOL,   paper_attention, "false",   NULL,               "ours: a softmax in both attentions, as in the paper")
+#define MILI_DFTD_OPTIONS(X, T)                                                                                         \
+    X(T, INT,    in_dim,          "1024",    "1..1000000",       "width D of an instance")                              \
+    X(T, INT,    num_classes,     "2",       "1..1000000",       "classes C")                                           \
+    X(T, INT,    embed_dim,       "512",     "1..1000000",       "width E of an embedded instance")                     \
+    X(T, INT,    attention_dim,   "128",     "1..1000000",       "width A inside both scorers")                         \
+    X(T, INT,    num_residuals,   "4",       "0..1000",          "residual blocks after the first layer")               \
+    X(T, INT,    num_group,       "8",       "1..1000000",       "pseudo bags G")                                       \
+    X(T, INT,    total_instance,  "4",       "0..1000000",       "k = total_instance / num_group, rounded down")        \
+    X(T, CHOICE, distill,         "MaxMinS", "MaxMinS|MaxS|AFS", "what a pseudo bag hands to the second tier")          \
+    X(T, REAL,   bag_weight,      "0.7",     "0..1",             "weight w of the second tier's loss")                  \
+    X(T, REAL,   dropout,         "0.25",    "0..1",             "rate before the first tier's classifier")             \
+    X(T, REAL,   attention_drop,  "0.25",    "0..1",             "rate in the first tier's scorer")                     \
+    X(T, INT,    num_fc_layers,   "1",       NULL,               "without effect, as in MIL-Lab")                       \
+    X(T, BOOL,   paper_attention, "false",   NULL,               "ours: a softmax in both attentions, as in the paper")
 
-static const mil_option mili_dftd_options[] = {
-#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_dftd_config, type, member, value, choices, doc)
-    MILI_DFTD_OPTIONS(MILI_ROW)
-#undef MILI_ROW
-};
+MILI_CONFIG(mili_dftd, MILI_DFTD_OPTIONS);
 static const mil_config mili_dftd_configs[] = { { "base", "" }, { "base_afs", "distill=AFS bag_weight=0.5" } };
 
 typedef struct mili_dftd_block { mil_linear_layer first, second; } mili_dftd_block;
-typedef struct mili_dftd { mil_linear_layer embed, classifier1, classifier2; mili_dftd_block *block; mil_attention_scorer scorer1, scorer2; } mili_dftd;
+typedef struct mili_dftd {
+    mil_linear_layer embed, classifier1, classifier2;
+    mili_dftd_block *block;
+    mil_attention_scorer scorer1, scorer2;
+} mili_dftd;
 
 MILI_FN void mili_dftd_declare(mil_builder *b, void *model, const void *config)
 {
@@ -13869,7 +13874,8 @@ MILI_FN mili_dftd_groups mili_dftd_split(mil_tape *tape, int64_t N, int64_t G, i
     mili_dftd_groups g;
     memset(&g, 0, sizeof g);
     const int64_t longest = (N + G - 1) / G, most = MILI_MIN(first, longest) + MILI_MIN(last, longest), groups = MILI_MIN(G, N);
-    int64_t *run = (int64_t *)mili_tape_array(tape, N, sizeof *run), *keep = (int64_t *)mili_tape_array(tape, MILI_MAX(groups * most, 1), sizeof *keep);
+    int64_t *run = (int64_t *)mili_tape_array(tape, N, sizeof *run);
+    int64_t *keep = (int64_t *)mili_tape_array(tape, MILI_MAX(groups * most, 1), sizeof *keep);
     if (!run || !keep) return g;
     for (int64_t i = 0, at = 0; i < groups; i++) {
         const int64_t length = N / G + (i < N % G), head = MILI_MIN(first, length), foot = MILI_MIN(last, length);
@@ -13919,25 +13925,24 @@ MILI_FN void mili_dftd_forward(const void *model, const void *config, const mil_
         f = mil_add(f, mil_relu(mil_linear_forward(&m->block[r].second, mil_relu(mil_linear_forward(&m->block[r].first, f)))));
 
     // First tier. member [1, N, G] has a one where instance n is in pseudo bag g, weight a_n there.
-    int64_t shape[3];
-    shape[0] = 1;
-    shape[1] = N;
-    shape[2] = G;
-    mil_node *member = mil_reshape(mil_scatter_add(mil_one_hot(groups.run, G), shuffle, 0, N), 3, shape);
-    mil_node *a = mil_attention_scores(&m->scorer1, f);                                        // [1, N, 1]
-    mil_node *weight = c->paper_attention ? mil_softmax(mil_mask_fill(mil_broadcast(a, 3, shape), member, -(double)MILI_INF), 1) : mil_mul(member, a);
-    if (c->paper_attention) a = mil_sum(weight, -1);
+    const int64_t table[3] = { 1, N, G };
+    mil_node *member = mil_reshape(mil_scatter_add(mil_one_hot(groups.run, G), shuffle, 0, N), 3, table);
+    mil_node *a = mil_attention_scores(&m->scorer1, f), *weight = mil_mul(member, a);          // [1, N, 1], [1, N, G]
+    if (c->paper_attention) {
+        weight = mil_softmax(mil_mask_fill(mil_broadcast(a, 3, table), member, -(double)MILI_INF), 1);
+        a = mil_sum(weight, -1);
+    }
     mil_node *bags = mil_matmul_t(weight, f, 1, 0);                                            // [1, G, E]
     mil_node *sub = mil_linear_forward(&m->classifier1, mil_dropout(bags, c->dropout, "tier1"));           // [1, G, C]
     mil_output(out, "sub_logits", mil_squeeze(sub, 0));
 
     // Instances in the order of their pseudo bags, and in each by r: a sort by r, then a stable one by pseudo bag.
-    shape[0] = N;
     mil_node *W = mil_detach(mil_use(in->tape, m->classifier1.weight));
     mil_node *p = mil_softmax(mil_mul(mil_detach(a), mil_linear(mil_detach(f), W, NULL)), -1); // [1, N, C]
-    mil_node *r = mil_reshape(mil_slice(p, -1, c->num_classes - 1, 1), 1, shape);              // [N]
+    mil_node *r = mil_reshape(mil_slice(p, -1, c->num_classes - 1, 1), 1, &N);                 // [N]
     mil_node *by_r = mil_argsort(mil_gather(r, shuffle, 0), 0, 1);                             // [N] places
-    mil_node *by_bag = mil_argsort(mil_gather(mil_affine(groups.run, 1, 0), by_r, 0), 0, 0);
+    mil_node *run = mil_affine(groups.run, 1, 0);                                              // [N] as mil_real: no indices to gather
+    mil_node *by_bag = mil_argsort(mil_gather(run, by_r, 0), 0, 0);
     mil_node *order = mil_gather(shuffle, mil_gather(by_r, by_bag, 0), 0);                     // [N] instances
     mil_node *kept = all || afs ? order : mil_gather(order, groups.keep, 0);
 
@@ -13953,8 +13958,7 @@ MILI_FN void mili_dftd_forward(const void *model, const void *config, const mil_
         out->attention_scores = afs ? mil_mul(a, mil_matmul(member, alpha)) : all ? alpha : mil_scatter_add(alpha, kept, 1, N);
         out->contribution = mili_contribution(&m->classifier2, out->attention_scores, f);      // [1, N, C]
     } else {                                                                                   // MaxS with k = 0
-        shape[0] = 1;
-        shape[1] = c->num_classes;
+        const int64_t shape[2] = { 1, c->num_classes };
         out->logits = mil_reshape(mil_use(in->tape, m->classifier2.bias), 2, shape);
     }
 #ifndef MIL_NO_TRAINING
@@ -13968,27 +13972,20 @@ MILI_FN void mili_dftd_forward(const void *model, const void *config, const mil_
 //   h = [cls | embed(x) | its first S^2 - N rows again],  S = ceil(sqrt N)
 //   block i:  h <- h + nystrom_i(LN_i(h));   after block 0 the S^2 patch rows, as an S x S grid, go through PPEG
 //   z = LN(h)[cls]      logits = W z + b
-// Of the last block only the class token's row is used, so only that row is computed.
-typedef struct mili_transmil_config { int64_t in_dim, num_classes, embed_dim, num_fc_layers; double dropout; int64_t num_attention_layers, num_heads; double attn_dropout; } mili_transmil_config;
+// attention_n = <h_n, h_cls> after block 0 and before PPEG: dot products, no softmax. Of the last block only the class token's row
+// is used, so only that row is computed. Bags of a batch share the scale of the pseudo-inverse, as in MIL-Lab, so that they are
+// not quite independent of each other.
+#define MILI_TRANSMIL_OPTIONS(X, T)                                                                             \
+    X(T, INT,  in_dim,               "1024", "1..1000000", "width D of an instance")                            \
+    X(T, INT,  num_classes,          "2",    "1..1000000", "classes C")                                         \
+    X(T, INT,  embed_dim,            "512",  "2..1000000", "width E of an embedded instance; E / 2 landmarks")  \
+    X(T, INT,  num_fc_layers,        "1",    "1..16",      "layers of the patch MLP")                           \
+    X(T, REAL, dropout,              "0.25", "0..1",       "rate between the MLP's layers")                     \
+    X(T, INT,  num_attention_layers, "2",    "1..32",      "blocks")                                            \
+    X(T, INT,  num_heads,            "4",    "1..1000000", "heads of width E / heads, rounded down")            \
+    X(T, REAL, attn_dropout,         "0.1",  "0..1",       "ours: rate after each attention, fixed in MIL-Lab")
 
-#define MILI_TRANSMIL_OPTIONS(X)                                                                                           \
-    X(MIL_OPTION_INT,  in_dim,               "1024", "1..1000000", "width D of an instance")                               \
-    X(MIL_OPTION_INT,  num_classes,          "2",    "1..1000000", "classes C")                                            \
-    X(MIL_OPTION_INT,  embed_dim,            "512",  "2..1000000", "width E of an embedded instance; E / 2 landmarks")     \
-    X(MIL_OPTION_INT,  num_fc_layers,        "1",    "1..16",      "layers of the patch MLP")                              \
-    X(MIL_OPTION_REAL, dropout,              "0.25", "0..1",       "rate between the MLP's layers")                        \
-    X(MIL_OPTION_INT,  num_attention_layers, "2",    "1..32",      "blocks")                                               \
-    X(MIL_OPTION_INT,  num_heads,            "4",    "1..1000000", "heads of width E / heads, rounded down")               \
-    X(MIL_OPTION_REAL, attn_dropout,         "0.1",  "0..1",       "ours: rate after each attention, fixed in MIL-Lab")
-
-static const mil_option mili_transmil_options[] = {
-#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_transmil_config, type, member, value, choices, doc)
-    MILI_TRANSMIL_OPTIONS(MILI_ROW)
-#undef MILI_ROW
-};
-static const mil_config mili_base_configs[] = { { "base", "" } };
-
-#define MILI_MAX_BLOCKS 32
+MILI_CONFIG(mili_transmil, MILI_TRANSMIL_OPTIONS);
 typedef struct mili_transmil {
     mil_patch_mlp embed;
     mil_param *cls_token;                                  // [1, 1, E]
@@ -13997,44 +13994,6 @@ typedef struct mili_transmil {
     mil_nystrom_layer attention[MILI_MAX_BLOCKS];
     mil_linear_layer classifier;
 } mili_transmil;
-
-MILI_FN mil_param *mili_declare_token(mil_builder *b, mil_init_kind kind, double a, int64_t count, int64_t width, const char *key)      // [1, count, width]
-{
-    mil_init init;
-    int64_t shape[3];
-    init.kind = kind;
-    init.a = a;
-    shape[0] = 1;
-    shape[1] = count;
-    shape[2] = width;
-    return mil_declare(b, init, 3, shape, "%s", key);
-}
-
-MILI_FN mil_node *mili_tokens(mil_tape *tape, mil_param *param, int64_t bags)  // [1, k, E] -> [B, k, E]
-{
-    mil_node *t = mil_use(tape, param);
-    int64_t shape[3];
-    if (!t) return NULL;
-    shape[0] = bags;
-    shape[1] = t->shape[1];
-    shape[2] = t->shape[2];
-    return mil_broadcast(t, 3, shape);
-}
-
-MILI_FN int64_t mili_square_side(int64_t n)                // ceil(sqrt n)
-{
-    int64_t s = (int64_t)sqrt((double)n);
-    while (s > 0 && (s - 1) * (s - 1) >= n) s--;
-    while (s * s < n) s++;
-    return s;
-}
-
-MILI_FN void mili_push_block(mil_tape *tape, int64_t i)    // for error sentences
-{
-    char name[32];
-    snprintf(name, sizeof name, "block%lld", (long long)i);
-    mil_tape_push(tape, name);
-}
 
 MILI_FN void mili_transmil_declare(mil_builder *b, void *model, const void *config)
 {
@@ -14060,11 +14019,10 @@ MILI_FN void mili_transmil_forward(const void *model, const void *config, const 
     const mili_transmil *m = (const mili_transmil *)model;
     const mili_transmil_config *c = (const mili_transmil_config *)config;
     const int64_t B = in->features->shape[0], N = in->features->shape[1], S = mili_square_side(N);
-    mil_node *part[3], *h;
+    mil_node *part[2];
     part[0] = mili_tokens(in->tape, m->cls_token, B);                                          // [B, 1, E]
-    part[1] = mil_patch_mlp_forward(&m->embed, in->features);                                  // [B, N, E]
-    part[2] = mil_slice(part[1], 1, 0, S * S - N);
-    h = mil_concat(part, S * S > N ? 3 : 2, 1);                                                // [B, 1 + S^2, E]
+    part[1] = mili_wrap_rows(mil_patch_mlp_forward(&m->embed, in->features), S * S);           // [B, S^2, E]
+    mil_node *h = mil_concat(part, 2, 1);                                                      // [B, 1 + S^2, E]
 
     for (int64_t i = 0; i < c->num_attention_layers; i++) {
         const int last = i + 1 == c->num_attention_layers;
@@ -14090,24 +14048,18 @@ MILI_FN void mili_transmil_forward(const void *model, const void *config, const 
 //   block:  X <- X + MHA(LN(X)),   X <- X + relu(W_3 relu(W_0 LN_2(X) + b_0) + b_3): a relu stands before the sum, too
 //   z = LN(X)[cls]      logits = W z + b
 // Of the last block only the class token's row is used, so its attention has a single query.
-typedef struct mili_transformer_config { int64_t in_dim, num_classes, embed_dim, num_fc_layers; double dropout; int64_t num_attention_layers, num_heads, encoder_mlp_dim; int return_attention; } mili_transformer_config;
+#define MILI_TRANSFORMER_OPTIONS(X, T)                                                                                  \
+    X(T, INT,  in_dim,               "1024",  "1..1000000", "width D of an instance")                                   \
+    X(T, INT,  num_classes,          "2",     "1..1000000", "classes C")                                                \
+    X(T, INT,  embed_dim,            "512",   "1..1000000", "width E of an embedded instance, a multiple of the heads") \
+    X(T, INT,  num_fc_layers,        "1",     "1..16",      "layers of the patch MLP")                                  \
+    X(T, REAL, dropout,              "0.25",  "0..1",       "rate in the patch MLP, on attention, in the blocks' MLP")  \
+    X(T, INT,  num_attention_layers, "2",     "1..32",      "blocks")                                                   \
+    X(T, INT,  num_heads,            "8",     "1..1000000", "heads")                                                    \
+    X(T, INT,  encoder_mlp_dim,      "-1",    "-1000000..1000000", "hidden width of the blocks' MLP; 0 or less: none")  \
+    X(T, BOOL, return_attention,     "false", NULL,         "ours: MIL-Lab's changed result: block 0 adds the class token's attention to every row")
 
-#define MILI_TRANSFORMER_OPTIONS(X)                                                                                        \
-    X(MIL_OPTION_INT,  in_dim,               "1024",  "1..1000000", "width D of an instance")                              \
-    X(MIL_OPTION_INT,  num_classes,          "2",     "1..1000000", "classes C")                                           \
-    X(MIL_OPTION_INT,  embed_dim,            "512",   "1..1000000", "width E of an embedded instance, a multiple of the heads") \
-    X(MIL_OPTION_INT,  num_fc_layers,        "1",     "1..16",      "layers of the patch MLP")                             \
-    X(MIL_OPTION_REAL, dropout,              "0.25",  "0..1",       "rate in the patch MLP, on attention, in the blocks' MLP") \
-    X(MIL_OPTION_INT,  num_attention_layers, "2",     "1..32",      "blocks")                                              \
-    X(MIL_OPTION_INT,  num_heads,            "8",     "1..1000000", "heads")                                               \
-    X(MIL_OPTION_INT,  encoder_mlp_dim,      "-1",    "-1000000..1000000", "hidden width of the blocks' MLP; 0 or less: none") \
-    X(MIL_OPTION_BOOL, return_attention,     "false", NULL,         "ours: MIL-Lab's changed result when it is asked for attention: block 0 adds the class token's attention to every row")
-
-static const mil_option mili_transformer_options[] = {
-#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_transformer_config, type, member, value, choices, doc)
-    MILI_TRANSFORMER_OPTIONS(MILI_ROW)
-#undef MILI_ROW
-};
+MILI_CONFIG(mili_transformer, MILI_TRANSFORMER_OPTIONS);
 static const mil_config mili_transformer_configs[] = { { "base", "encoder_mlp_dim=2048" } };
 
 typedef struct mili_transformer_block { mil_norm_layer norm, norm2; mil_mha_layer attention; mil_linear_layer up, down; } mili_transformer_block;
@@ -14143,15 +14095,17 @@ MILI_FN void mili_transformer_forward(const void *model, const void *config, con
 {
     const mili_transformer *m = (const mili_transformer *)model;
     const mili_transformer_config *c = (const mili_transformer_config *)config;
-    mil_node *part[2], *X, *attention = NULL;
-    part[0] = mili_tokens(in->tape, m->cls_token, in->features->shape[0]);
-    part[1] = mil_patch_mlp_forward(&m->embed, in->features);
-    X = mil_concat(part, 2, 1);                                                                // [B, 1 + N, E]
+    const int64_t N = in->features->shape[1];
+    mil_node *part[2], *attention = NULL;
+    part[0] = mili_tokens(in->tape, m->cls_token, in->features->shape[0]);                     // [B, 1, E]
+    part[1] = mil_patch_mlp_forward(&m->embed, in->features);                                  // [B, N, E]
+    mil_node *X = mil_concat(part, 2, 1);                                                      // [B, 1 + N, E]
     for (int64_t i = 0; i < c->num_attention_layers; i++) {
         const mili_transformer_block *k = &m->block[i];
         const int last = i + 1 == c->num_attention_layers;
         mili_push_block(in->tape, i);
-        mil_node *x = mil_layer_norm_forward(&k->norm, X), *first = mil_layer_norm_forward(&k->norm, mil_slice(X, 1, 0, 1)), *y = NULL;
+        mil_node *x = mil_layer_norm_forward(&k->norm, X), *y = NULL;
+        mil_node *first = mil_layer_norm_forward(&k->norm, mil_slice(X, 1, 0, 1));             // [B, 1, E] the class token
         if (i == 0 || !last) y = mil_mha_forward(&k->attention, x, x, x, NULL, i == 0 ? &attention : NULL);
         if (i == 0 && c->return_attention) y = mil_slice(y, 1, 0, 1);                          // added to every row
         else if (last) y = mil_mha_forward(&k->attention, first, x, x, NULL, NULL);
@@ -14162,7 +14116,6 @@ MILI_FN void mili_transformer_forward(const void *model, const void *config, con
         }
         mil_tape_pop(in->tape);
     }
-    const int64_t N = in->features->shape[1];
     out->attention = mil_attention_weights(attention, 0, N + 1);                               // [B, N + 1, N + 1], a report
     out->attention_weights = mil_transpose(mil_slice(mil_attention_weights(attention, 0, 1), 2, 1, N));      // [B, N, 1] of the class token
     out->slide_feats = mil_squeeze(mil_layer_norm_forward(&m->norm, X), 1);                    // [B, E]
@@ -14175,23 +14128,17 @@ MILI_FN void mili_transformer_forward(const void *model, const void *config, con
 //               if gated  o <- o * silu(gate(Q))
 //   block i:    H = MAB(latent_i, x),   x <- MAB(x, H)         (gated)
 //   z, P = MAB(S, x): one learned query pools                  logits = W z + b
-typedef struct mili_ilra_config { int64_t in_dim, num_classes, embed_dim, num_attention_layers, num_heads, topk; int ln, mode; } mili_ilra_config;
+#define MILI_ILRA_OPTIONS(X, T)                                                                                           \
+    X(T, INT,    in_dim,               "1024", "1..1000000",     "width D of an instance")                                \
+    X(T, INT,    num_classes,          "2",    "1..1000000",     "classes C")                                             \
+    X(T, INT,    embed_dim,            "256",  "1..1000000",     "width E, a multiple of the heads")                      \
+    X(T, INT,    num_attention_layers, "2",    "1..32",          "blocks")                                                \
+    X(T, INT,    num_heads,            "8",    "1..1000000",     "heads")                                                 \
+    X(T, INT,    topk,                 "64",   "1..1000000",     "latents k of a block")                                  \
+    X(T, BOOL,   ln,                   "true", NULL,             "layer norms (MIL-Lab's wrapper always has them)")       \
+    X(T, CHOICE, mode,                 "classification", "classification", "MIL-Lab names a survival mode, but has none")
 
-#define MILI_ILRA_OPTIONS(X)                                                                                               \
-    X(MIL_OPTION_INT,    in_dim,               "1024", "1..1000000",     "width D of an instance")                         \
-    X(MIL_OPTION_INT,    num_classes,          "2",    "1..1000000",     "classes C")                                      \
-    X(MIL_OPTION_INT,    embed_dim,            "256",  "1..1000000",     "width E, a multiple of the heads")               \
-    X(MIL_OPTION_INT,    num_attention_layers, "2",    "1..32",          "blocks")                                         \
-    X(MIL_OPTION_INT,    num_heads,            "8",    "1..1000000",     "heads")                                          \
-    X(MIL_OPTION_INT,    topk,                 "64",   "1..1000000",     "latents k of a block")                           \
-    X(MIL_OPTION_BOOL,   ln,                   "true", NULL,             "layer norms (MIL-Lab's wrapper always has them)") \
-    X(MIL_OPTION_CHOICE, mode,                 "classification", "classification", "MIL-Lab names a survival mode, but has none")
-
-static const mil_option mili_ilra_options[] = {
-#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_ilra_config, type, member, value, choices, doc)
-    MILI_ILRA_OPTIONS(MILI_ROW)
-#undef MILI_ROW
-};
+MILI_CONFIG(mili_ilra, MILI_ILRA_OPTIONS);
 
 typedef struct mili_mab { mil_linear_layer q, k, v, o, gate; mil_norm_layer ln0, ln1; mil_mha_layer attention; int ln, gated; } mili_mab;
 typedef struct mili_ilra {
@@ -14220,9 +14167,11 @@ MILI_FN mili_mab mili_declare_mab(mil_builder *b, int64_t d_q, int64_t d_k, cons
     return m;
 }
 
-MILI_FN mil_node *mili_mab_forward(const mili_mab *m, mil_node *Q, mil_node *K, mil_node **attention)          // [B, n_q, d_q], [B, n_k, d_k] -> [B, n_q, E]
+// Q [B, n_q, d_q], K [B, n_k, d_k] -> [B, n_q, E]. The side with fewer rows (latents) comes first, so that the other, the instances,
+// is computed tile by tile when it is needed instead of being stored.
+MILI_FN mil_node *mili_mab_forward(const mili_mab *m, mil_node *Q, mil_node *K, mil_node **attention)
 {
-    if (Q && K && Q->shape[1] > K->shape[1]) Q = mili_after(Q, K);                             // the latent side first; the instances then stream
+    if (Q && K && Q->shape[1] > K->shape[1]) Q = mili_after(Q, K);
     mil_node *q = mil_linear_forward(&m->q, Q);
     if (Q && K && Q->shape[1] <= K->shape[1]) K = mili_after(K, q);
     mil_node *o = mil_add(q, mil_mha_forward(&m->attention, q, mil_linear_forward(&m->k, K), mil_linear_forward(&m->v, K), NULL, attention));
@@ -14278,96 +14227,85 @@ MILI_FN void mili_ilra_forward(const void *model, const void *config, const mil_
 //   z = sum_n softmax_n(scorer(LN(x)))_n LN(x)_n          logits = W z + b
 // MIL-Lab always attends by Nystrom and never calls its position module. apply_attn and apply_pos wire up
 // what the paper has: attention within square regions (R-MSA) with EPEG, and PPEG or PEG.
-typedef struct mili_rrt_config {
-    int64_t in_dim, num_classes, embed_dim, mlp_dim;
-    int act;
-    double dropout;
-    int64_t n_layers, n_heads, trans_dim, num_landmarks, n_cycle;
-    int ffn, ffn_act;
-    double mlp_ratio;
-    int multi_scale;
-    double drop_path;
-    int pool, da_act, da_gated, da_bias, da_dropout, pos;
-    int64_t peg_k, pos_pos;
-    int attn, epeg;
-    int64_t region_num, region_size, min_region_num;
-    int qkv_bias, shift_size;
-    double trans_dropout;
-    int no_norm, apply_attn, apply_pos;
-} mili_rrt_config;
+#define MILI_RRT_OPTIONS(X, T)                                                                                                          \
+    X(T, INT,    in_dim,        "1024",   "1..1000000",     "width D of an instance")                                                   \
+    X(T, INT,    num_classes,   "2",      "1..1000000",     "classes C")                                                                \
+    X(T, INT,    embed_dim,     "512",    "1..1000000",     "width of an embedded instance")                                            \
+    X(T, INT,    mlp_dim,       "512",    "1..1000000",     "width M that the layers take: equal to embed_dim")                         \
+    X(T, CHOICE, act,           "relu",   "none|relu|gelu", "after the embedding")                                                      \
+    X(T, REAL,   dropout,       "0.25",   "0..1",           "rate after the embedding")                                                 \
+    X(T, INT,    n_layers,      "2",      "1..16",          "layers")                                                                   \
+    X(T, INT,    n_heads,       "8",      "1..1000000",     "heads H")                                                                  \
+    X(T, INT,    trans_dim,     "64",     "1..1000000",     "width d of a head; H d need not be M")                                     \
+    X(T, INT,    num_landmarks, "256",    "1..1000000",     "ours: landmarks of Nystrom attention, fixed in MIL-Lab")                   \
+    X(T, INT,    n_cycle,       "1",      "0..1000",        "times that each layer is applied")                                         \
+    X(T, BOOL,   ffn,           "false",  NULL,             "feed-forward part in each layer")                                          \
+    X(T, CHOICE, ffn_act,       "gelu",   "relu|gelu",      "its activation")                                                           \
+    X(T, REAL,   mlp_ratio,     "4",      "0..1000",        "its hidden width over M")                                                  \
+    X(T, BOOL,   multi_scale,   "false",  NULL,             "merge 2 x 2 tokens after each layer but the last; the width doubles")      \
+    X(T, REAL,   drop_path,     "0",      "0..1",           "stochastic depth of each residual branch")                                 \
+    X(T, CHOICE, pool,          "attn",   "attn|mean",      "pooling")                                                                  \
+    X(T, CHOICE, da_act,        "relu",   "none|relu|leakyrelu|gelu|silu|tanh|sigmoid", "of the scorer; ungated: relu, gelu, tanh, else none") \
+    X(T, BOOL,   da_gated,      "false",  NULL,             "gated scorer")                                                             \
+    X(T, BOOL,   da_bias,       "false",  NULL,             "biases in the scorer")                                                     \
+    X(T, BOOL,   da_dropout,    "false",  NULL,             "dropout 0.25 in the scorer")                                               \
+    X(T, CHOICE, pos,           "ppeg",   "none|ppeg|peg",  "position module; used only with apply_pos")                                \
+    X(T, INT,    peg_k,         "7",      "1..99",          "its (first) kernel, odd")                                                  \
+    X(T, INT,    pos_pos,       "0",      "-1..1000",       "apply_pos: -1 before the first layer, 0 between the first and the second") \
+    X(T, CHOICE, attn,          "ntrans", "ntrans|rrt",     "apply_attn: rrt attends within regions")                                   \
+    X(T, BOOL,   epeg,          "false",  NULL,             "attn rrt: 15 taps along the queries, on the scores")                       \
+    X(T, INT,    region_num,    "8",      "1..1000000",     "attn rrt: regions per side")                                               \
+    X(T, INT,    region_size,   "0",      "0..1000000",     "ours, attn rrt: side of a region instead; 0: by region_num")               \
+    X(T, INT,    min_region_num, "0",     "0..1000000000",  "attn rrt: with fewer tokens there is one region")                          \
+    X(T, BOOL,   qkv_bias,      "true",   NULL,             "attn rrt: biases of queries, keys, values")                                \
+    X(T, BOOL,   shift_size,    "false",  NULL,             "no effect, as in MIL-Lab")                                                 \
+    X(T, REAL,   trans_dropout, "0.1",    "0..1",           "no effect, as in MIL-Lab")                                                 \
+    X(T, BOOL,   no_norm,       "false",  NULL,             "no effect, as in MIL-Lab")                                                 \
+    X(T, BOOL,   apply_attn,    "false",  NULL,             "ours: attn takes effect, as in the paper")                                 \
+    X(T, BOOL,   apply_pos,     "false",  NULL,             "ours: pos takes effect, as in the paper")
 
-#define MILI_RRT_OPTIONS(X)                                                                                                \
-    X(MIL_OPTION_INT,    in_dim,        "1024",   "1..1000000",     "width D of an instance")                              \
-    X(MIL_OPTION_INT,    num_classes,   "2",      "1..1000000",     "classes C")                                           \
-    X(MIL_OPTION_INT,    embed_dim,     "512",    "1..1000000",     "width of an embedded instance")                       \
-    X(MIL_OPTION_INT,    mlp_dim,       "512",    "1..1000000",     "width M that the layers take: equal to embed_dim")    \
-    X(MIL_OPTION_CHOICE, act,           "relu",   "none|relu|gelu", "after the embedding")                                 \
-    X(MIL_OPTION_REAL,   dropout,       "0.25",   "0..1",           "rate after the embedding")                            \
-    X(MIL_OPTION_INT,    n_layers,      "2",      "1..16",          "layers")                                              \
-    X(MIL_OPTION_INT,    n_heads,       "8",      "1..1000000",     "heads H")                                             \
-    X(MIL_OPTION_INT,    trans_dim,     "64",     "1..1000000",     "width d of a head; H d need not be M")                \
-    X(MIL_OPTION_INT,    num_landmarks, "256",    "1..1000000",     "ours: landmarks of Nystrom attention, fixed in MIL-Lab") \
-    X(MIL_OPTION_INT,    n_cycle,       "1",      "0..1000",        "times that each layer is applied")                    \
-    X(MIL_OPTION_BOOL,   ffn,           "false",  NULL,             "feed-forward part in each layer")                     \
-    X(MIL_OPTION_CHOICE, ffn_act,       "gelu",   "relu|gelu",      "its activation")                                      \
-    X(MIL_OPTION_REAL,   mlp_ratio,     "4",      "0..1000",        "its hidden width over M")                             \
-    X(MIL_OPTION_BOOL,   multi_scale,   "false",  NULL,             "merge 2 x 2 tokens after each layer but the last; the width doubles") \
-    X(MIL_OPTION_REAL,   drop_path,     "0",      "0..1",           "stochastic depth of each residual branch")            \
-    X(MIL_OPTION_CHOICE, pool,          "attn",   "attn|mean",      "pooling")                                             \
-    X(MIL_OPTION_CHOICE, da_act,        "relu",   "none|relu|leakyrelu|gelu|silu|tanh|sigmoid", "of the scorer; ungated only relu, gelu, tanh, others are none") \
-    X(MIL_OPTION_BOOL,   da_gated,      "false",  NULL,             "gated scorer")                                        \
-    X(MIL_OPTION_BOOL,   da_bias,       "false",  NULL,             "biases in the scorer")                                \
-    X(MIL_OPTION_BOOL,   da_dropout,    "false",  NULL,             "dropout 0.25 in the scorer")                          \
-    X(MIL_OPTION_CHOICE, pos,           "ppeg",   "none|ppeg|peg",  "position module; used only with apply_pos")           \
-    X(MIL_OPTION_INT,    peg_k,         "7",      "1..99",          "its (first) kernel, odd")                             \
-    X(MIL_OPTION_INT,    pos_pos,       "0",      "-1..1000",       "apply_pos: -1 before the first layer, 0 between the first and the second") \
-    X(MIL_OPTION_CHOICE, attn,          "ntrans", "ntrans|rrt",     "apply_attn: rrt attends within regions")              \
-    X(MIL_OPTION_BOOL,   epeg,          "false",  NULL,             "attn rrt: 15 taps along the queries, on the scores")  \
-    X(MIL_OPTION_INT,    region_num,    "8",      "1..1000000",     "attn rrt: regions per side")                          \
-    X(MIL_OPTION_INT,    region_size,   "0",      "0..1000000",     "ours, attn rrt: side of a region instead; 0: by region_num") \
-    X(MIL_OPTION_INT,    min_region_num, "0",     "0..1000000000",  "attn rrt: with fewer tokens there is one region")     \
-    X(MIL_OPTION_BOOL,   qkv_bias,      "true",   NULL,             "attn rrt: biases of queries, keys, values")           \
-    X(MIL_OPTION_BOOL,   shift_size,    "false",  NULL,             "no effect, as in MIL-Lab")                            \
-    X(MIL_OPTION_REAL,   trans_dropout, "0.1",    "0..1",           "no effect, as in MIL-Lab")                            \
-    X(MIL_OPTION_BOOL,   no_norm,       "false",  NULL,             "no effect, as in MIL-Lab")                            \
-    X(MIL_OPTION_BOOL,   apply_attn,    "false",  NULL,             "ours: attn takes effect, as in the paper")            \
-    X(MIL_OPTION_BOOL,   apply_pos,     "false",  NULL,             "ours: pos takes effect, as in the paper")
+MILI_CONFIG(mili_rrt, MILI_RRT_OPTIONS);
 
-static const mil_option mili_rrt_options[] = {
-#define MILI_ROW(type, member, value, choices, doc) MILI_OPTION_ROW(mili_rrt_config, type, member, value, choices, doc)
-    MILI_RRT_OPTIONS(MILI_ROW)
-#undef MILI_ROW
-};
-
-enum { MILI_RRT_LAYERS = 16, MILI_RRT_EPEG = 15, MILI_RRT_SCORER = 128 };
+enum { MILI_RRT_ATTN, MILI_RRT_MEAN };                                            // pool
+enum { MILI_RRT_NONE, MILI_RRT_PPEG, MILI_RRT_PEG };                               // pos
+enum { MILI_RRT_NTRANS, MILI_RRT_REGIONS };                                        // attn
+enum { MILI_RRT_LAYERS = 16, MILI_RRT_EPEG = 15, MILI_RRT_SCORER = 128 };         // at most; taps; width A of the scorer
 typedef struct mili_rrt_layer {
     mil_norm_layer norm, norm2, merge_norm;
     mil_nystrom_layer nystrom;
     mil_region_attention region;
     mil_linear_layer fc1, fc2, merge;
 } mili_rrt_layer;
-typedef struct mili_rrt { mil_linear_layer embed, classifier; mili_rrt_layer layer[MILI_RRT_LAYERS]; mil_ppeg_layer pos; mil_norm_layer norm; mil_attention_scorer scorer; } mili_rrt;
+typedef struct mili_rrt {
+    mil_linear_layer embed, classifier;
+    mili_rrt_layer layer[MILI_RRT_LAYERS];
+    mil_ppeg_layer pos;
+    mil_norm_layer norm;
+    mil_attention_scorer scorer;
+} mili_rrt;
 
 MILI_FN void mili_rrt_declare(mil_builder *b, void *model, const void *config)
 {
     mili_rrt *m = (mili_rrt *)model;
     const mili_rrt_config *c = (const mili_rrt_config *)config;
-    int64_t M = c->mlp_dim, kernels[3];
+    const int64_t kernels[3] = { c->peg_k, 5, 3 };
+    const int regions = c->apply_attn && c->attn == MILI_RRT_REGIONS;
+    int64_t M = c->mlp_dim;
     char key[64];
-    if (c->mlp_dim != c->embed_dim) mil_declare_fail(b, MIL_ERROR_ARGUMENT, "rrt: embed_dim %lld and mlp_dim %lld must be equal", (long long)c->embed_dim, (long long)c->mlp_dim);
+    if (c->mlp_dim != c->embed_dim)
+        mil_declare_fail(b, MIL_ERROR_ARGUMENT, "rrt: embed_dim %lld and mlp_dim %lld must be equal", (long long)c->embed_dim, (long long)c->mlp_dim);
     m->embed = mil_declare_linear(b, c->in_dim, c->embed_dim, 1, MIL_LINEAR_KAIMING, "patch_embed.0");
-    kernels[0] = c->peg_k;
-    kernels[1] = 5;
-    kernels[2] = 3;
-    if (c->pos) m->pos = mil_declare_ppeg(b, M, kernels, c->pos == 1 ? 3 : 1, MIL_LINEAR_XAVIER, "encoder.pos_embedding");
+    if (c->pos != MILI_RRT_NONE)
+        m->pos = mil_declare_ppeg(b, M, kernels, c->pos == MILI_RRT_PPEG ? 3 : 1, MIL_LINEAR_XAVIER, "encoder.pos_embedding");
     for (int64_t i = 0; i < c->n_layers; i++) {
         mili_rrt_layer *k = &m->layer[i];
         const mil_nystrom_options o = mil_nystrom_options_default(M, c->n_heads, c->trans_dim, c->num_landmarks);
         if (i) snprintf(key, sizeof key, "encoder.layers.%lld", (long long)(i - 1));
         else snprintf(key, sizeof key, "encoder.layer1");
         k->norm = mil_declare_layer_norm(b, M, 1e-5, "%s.norm", key);
-        if (c->apply_attn && c->attn)
-            k->region = mil_declare_region_attention(b, M, c->n_heads, c->trans_dim, c->qkv_bias, c->epeg ? MILI_RRT_EPEG : 0, 0, MIL_LINEAR_KAIMING, "%s.attn.attn", key);
+        if (regions)
+            k->region = mil_declare_region_attention(b, M, c->n_heads, c->trans_dim, c->qkv_bias, c->epeg ? MILI_RRT_EPEG : 0, 0,
+                                                     MIL_LINEAR_KAIMING, "%s.attn.attn", key);
         else k->nystrom = mil_declare_nystrom(b, &o, "%s.attn", key);
         if (c->ffn) {
             const int64_t hidden = (int64_t)((double)M * c->mlp_ratio);
@@ -14381,16 +14319,17 @@ MILI_FN void mili_rrt_declare(mil_builder *b, void *model, const void *config)
         M *= 2;
     }
     m->norm = mil_declare_layer_norm(b, M, 1e-5, "encoder.norm");
-    if (c->pool == 0) {
-        mil_activation act = (mil_activation)c->da_act;
+    if (c->pool == MILI_RRT_ATTN) {                        // the library's scorer, under keys of its own
+        const char *const pool = "encoder.pool_fn.attention";
+        mil_activation act = (mil_activation)c->da_act;    // its choices are in the order of mil_activation
         if (!c->da_gated && act != MIL_ACT_RELU && act != MIL_ACT_GELU && act != MIL_ACT_TANH) act = MIL_ACT_NONE;
         m->scorer.gated = c->da_gated;
         m->scorer.activation = act;
         m->scorer.dropout = c->da_dropout ? 0.25 : 0;
-        m->scorer.V = mil_declare_linear(b, M, MILI_RRT_SCORER, c->da_bias, MIL_LINEAR_KAIMING, "encoder.pool_fn.attention.%s", c->da_gated ? "attention_a.0" : "attention.0");
-        if (c->da_gated) m->scorer.U = mil_declare_linear(b, M, MILI_RRT_SCORER, c->da_bias, MIL_LINEAR_KAIMING, "encoder.pool_fn.attention.attention_b.0");
+        m->scorer.V = mil_declare_linear(b, M, MILI_RRT_SCORER, c->da_bias, MIL_LINEAR_KAIMING, "%s.attention%s.0", pool, c->da_gated ? "_a" : "");
+        if (c->da_gated) m->scorer.U = mil_declare_linear(b, M, MILI_RRT_SCORER, c->da_bias, MIL_LINEAR_KAIMING, "%s.attention_b.0", pool);
         snprintf(key, sizeof key, c->da_gated ? "attention_c" : "attention.%d", 1 + (act != MIL_ACT_NONE) + (c->da_dropout != 0));
-        m->scorer.w = mil_declare_linear(b, MILI_RRT_SCORER, 1, c->da_bias, MIL_LINEAR_KAIMING, "encoder.pool_fn.attention.%s", key);
+        m->scorer.w = mil_declare_linear(b, MILI_RRT_SCORER, 1, c->da_bias, MIL_LINEAR_KAIMING, "%s.%s", pool, key);
     }
     m->classifier = mil_declare_linear(b, M, c->num_classes, 1, MIL_LINEAR_KAIMING, "classifier");
 }
@@ -14400,16 +14339,14 @@ MILI_FN mil_node *mili_rrt_positions(const mil_ppeg_layer *pos, mil_node *x)
 {
     if (!x) return NULL;
     const int64_t N = x->shape[1], S = mili_square_side(N), side = pos->count == 3 ? MILI_MAX(S, 7) : S;
-    mil_node *part[2];
-    part[0] = x;
-    part[1] = mil_slice(x, 1, 0, S * S - N);
-    x = mil_pad(S * S > N ? mil_concat(part, 2, 1) : x, 1, 0, side * side - S * S);
+    x = mil_pad(mili_wrap_rows(x, S * S), 1, 0, side * side - S * S);
     return mil_slice(mil_ppeg_forward(pos, x, 0, side), 1, 0, N);
 }
 
+// x [B, L, M] -> [B, L, M]: Nystrom attention, or attention within regions of a square grid of tokens.
 MILI_FN mil_node *mili_rrt_attention(const mili_rrt_config *c, const mili_rrt_layer *k, mil_node *x)
 {
-    if (!c->apply_attn || !c->attn || !x) return mil_nystrom_forward(&k->nystrom, x, NULL, -1, NULL);
+    if (!c->apply_attn || c->attn != MILI_RRT_REGIONS || !x) return mil_nystrom_forward(&k->nystrom, x, NULL, -1, NULL);
     const int64_t B = x->shape[0], L = x->shape[1], R = c->region_num;
     int64_t side = mili_square_side(L), region;
     if (c->region_size > 0) {
@@ -14447,12 +14384,14 @@ MILI_FN void mili_rrt_forward(const void *model, const void *config, const mil_i
     static const mil_activation acts[3] = { MIL_ACT_NONE, MIL_ACT_RELU, MIL_ACT_GELU };
     const mili_rrt *m = (const mili_rrt *)model;
     const mili_rrt_config *c = (const mili_rrt_config *)config;
-    mil_node *x = mil_dropout(mil_activate(mil_linear_forward(&m->embed, in->features), acts[c->act]), c->dropout, "patch_embed");   // [B, N, M]
-    if (c->apply_pos && c->pos && c->pos_pos == -1) x = mili_rrt_positions(&m->pos, x);
+    const int positions = c->apply_pos && c->pos != MILI_RRT_NONE;
+    mil_node *x = mil_activate(mil_linear_forward(&m->embed, in->features), acts[c->act]);     // [B, N, M]
+    x = mil_dropout(x, c->dropout, "patch_embed");
+    if (positions && c->pos_pos == -1) x = mili_rrt_positions(&m->pos, x);
     for (int64_t i = 0; i < c->n_layers; i++) {
         const mili_rrt_layer *k = &m->layer[i];
         mili_push_block(in->tape, i);
-        if (c->apply_pos && c->pos && c->pos_pos == 0 && i == 1) x = mili_rrt_positions(&m->pos, x);
+        if (positions && c->pos_pos == 0 && i == 1) x = mili_rrt_positions(&m->pos, x);
         for (int64_t cycle = 0; cycle < c->n_cycle; cycle++) {
             x = mil_add(x, mil_drop_path(mili_rrt_attention(c, k, mil_layer_norm_forward(&k->norm, x)), c->drop_path, "drop_path"));
             if (!c->ffn) continue;
@@ -14463,13 +14402,11 @@ MILI_FN void mili_rrt_forward(const void *model, const void *config, const mil_i
         mil_tape_pop(in->tape);
     }
     x = mil_layer_norm_forward(&m->norm, x);                                                   // [B, N', M_f]
-    if (c->pool == 0) {
-        mil_node *s = mil_attention_scores(&m->scorer, x);                                     // [B, N', 1]
-        out->attention_scores = s;
-        out->attention_weights = mil_softmax(s, 1);
-        out->attention = mil_squeeze(out->attention_weights, 2);
-        out->slide_feats = mil_squeeze(mil_softmax_pool(s, x), 1);                             // [B, M_f]
-        out->contribution = mili_contribution(&m->classifier, out->attention_weights, x);
+    if (c->pool == MILI_RRT_ATTN) {
+        mil_node *a = mil_attention_scores(&m->scorer, x);                                     // [B, N', 1]
+        mili_report_attention(out, a, x, &m->classifier);
+        out->attention = mil_squeeze(out->attention_weights, 2);                               // [B, N']
+        out->slide_feats = mil_squeeze(mil_softmax_pool(a, x), 1);                             // [B, M_f]
     } else out->slide_feats = mil_squeeze(mil_mean(x, 1), 1);
     out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, C]
     out->loss = mili_bag_loss(in, out->logits);
@@ -14484,48 +14421,64 @@ MILI_FN void mili_rrt_forward(const void *model, const void *config, const mil_i
 
 static const mil_architecture mili_architectures[] = {
 #if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_ABMIL)
-    MILI_ROW("abmil", "attention pooling, one weight per patch", "Ilse, Tomczak, Welling: Attention-based Deep Multiple Instance Learning, ICML 2018",
-             "model.", mili_abmil, mili_abmil_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
-    MILI_ROW("abmil", "attention pooling over raw features, binary (torchmil)", "Ilse, Tomczak, Welling: Attention-based Deep Multiple Instance Learning, ICML 2018",
+    MILI_ROW("abmil", "attention pooling, one weight per patch",
+             "Ilse, Tomczak, Welling: Attention-based Deep Multiple Instance Learning, ICML 2018",
+             "model.", mili_abmil, mili_base_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
+    MILI_ROW("abmil", "attention pooling over raw features, binary (torchmil)",
+             "Ilse, Tomczak, Welling: Attention-based Deep Multiple Instance Learning, ICML 2018",
              "", mili_abmil_torchmil, mili_torchmil_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
 #endif
 #if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_DSMIL)
-    MILI_ROW("dsmil", "max over instances beside attention to the top one of each class", "Li, Li, Eliceiri: Dual-stream Multiple Instance Learning Network, CVPR 2021",
-             "model.", mili_dsmil, mili_dsmil_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
+    MILI_ROW("dsmil", "max over instances beside attention to the top one of each class",
+             "Li, Li, Eliceiri: Dual-stream Multiple Instance Learning Network, CVPR 2021",
+             "model.", mili_dsmil, mili_base_configs, "classifier", MIL_MODEL_BATCHES | MIL_MODEL_MASK),
 #endif
 #if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_WIKG)
-    MILI_ROW("wikg", "a learned graph: each patch mixes in its k best-matching patches", "Li, Chen, Chu, Sun, Guan, Han, He: Dynamic Graph Representation with Knowledge-aware Attention for Histopathology Whole Slide Image Analysis, CVPR 2024",
-             "model.", mili_wikg, mili_wikg_configs, "classifier", MIL_MODEL_BATCHES),
+    MILI_ROW("wikg", "a learned graph: each patch mixes in its k best-matching patches",
+             "Li, Chen, Chu, Sun, Guan, Han, He: Dynamic Graph Representation with Knowledge-aware Attention for Histopathology Whole Slide "
+             "Image Analysis, CVPR 2024",
+             "model.", mili_wikg, mili_base_configs, "classifier", MIL_MODEL_BATCHES),
 #endif
 #if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_CLAM)
-    MILI_ROW("clam", "attention pooling with an instance loss on the most and least attended patches", "Lu, Williamson, Chen, Chen, Barbieri, Mahmood: Data-efficient and weakly supervised computational pathology on whole-slide images, Nature Biomedical Engineering 2021",
+    MILI_ROW("clam", "attention pooling with an instance loss on the most and least attended patches",
+             "Lu, Williamson, Chen, Chen, Barbieri, Mahmood: Data-efficient and weakly supervised computational pathology on whole-slide "
+             "images, Nature Biomedical Engineering 2021",
              "model.", mili_clam, mili_clam_configs, "classifier", 0),
 #endif
 #if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_DFTD)
-    MILI_ROW("dftd", "two tiers of attention over random pseudo bags", "Zhang, Meng, Zhao, Qiao, Yang, Coupland, Zheng: DTFD-MIL: Double-Tier Feature Distillation Multiple Instance Learning for Histopathology Whole Slide Image Classification, CVPR 2022",
+    MILI_ROW("dftd", "two tiers of attention over random pseudo bags",
+             "Zhang, Meng, Zhao, Qiao, Yang, Coupland, Zheng: DTFD-MIL: Double-Tier Feature Distillation Multiple Instance Learning for "
+             "Histopathology Whole Slide Image Classification, CVPR 2022",
              "model.", mili_dftd, mili_dftd_configs, "classifier", 0),
 #endif
 #if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_TRANSMIL)
-    MILI_ROW("transmil", "Nystrom attention with a class token and convolutional positions", "Shao et al.: TransMIL, NeurIPS 2021",
+    MILI_ROW("transmil", "Nystrom attention with a class token and convolutional positions",
+             "Shao et al.: TransMIL, NeurIPS 2021",
              "model.", mili_transmil, mili_base_configs, "classifier", MIL_MODEL_BATCHES),
 #endif
 #if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_TRANSFORMER)
-    MILI_ROW("transformer", "transformer encoder with a class token, exact attention", "Vaswani et al.: Attention Is All You Need, NeurIPS 2017",
+    MILI_ROW("transformer", "transformer encoder with a class token, exact attention",
+             "Vaswani et al.: Attention Is All You Need, NeurIPS 2017",
              "model.", mili_transformer, mili_transformer_configs, "classifier", 0),
 #endif
 #if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_ILRA)
-    MILI_ROW("ilra", "attention through a few learned latents and back", "Xiang, Zhang: Exploring Low-Rank Property in Multiple Instance Learning, ICLR 2023",
+    MILI_ROW("ilra", "attention through a few learned latents and back",
+             "Xiang, Zhang: Exploring Low-Rank Property in Multiple Instance Learning, ICLR 2023",
              "model.", mili_ilra, mili_base_configs, "classifier", MIL_MODEL_BATCHES),
 #endif
 #if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_RRT)
-    MILI_ROW("rrt", "re-embedding of patches by attention, then attention pooling", "Tang et al.: Feature Re-Embedding, CVPR 2024",
+    MILI_ROW("rrt", "re-embedding of patches by attention, then attention pooling",
+             "Tang et al.: Feature Re-Embedding, CVPR 2024",
              "model.", mili_rrt, mili_base_configs, "classifier", MIL_MODEL_BATCHES),
 #endif
 };
 #undef MILI_ROW
 
 MIL_DEF int64_t mil_architecture_count(void) { return MILI_COUNT(mili_architectures); }
-MIL_DEF const mil_architecture *mil_architecture_at(int64_t i) { return i >= 0 && i < MILI_COUNT(mili_architectures) ? &mili_architectures[i] : NULL; }
+MIL_DEF const mil_architecture *mil_architecture_at(int64_t i)
+{
+    return i >= 0 && i < MILI_COUNT(mili_architectures) ? &mili_architectures[i] : NULL;
+}
 
 // ==== >>loss-code: cross-entropy, binary cross-entropy ============================================================
 #ifndef MIL_NO_TRAINING
@@ -14650,10 +14603,6 @@ MIL_DEF mil_node *mil_loss_node(mil_node *logits, const mil_target *target)
 // every backend runs them. What changes from update to update (rate, bias corrections) enters as a few scalars per parameter.
 #ifndef MIL_NO_TRAINING
 
-#define MILI_C_INT int64_t
-#define MILI_C_REAL double
-#define MILI_C_BOOL int
-#define MILI_C_CHOICE int
 #define MILI_TRAIN_MEMBER(type, name, value, range, doc) MILI_C_##type name;
 typedef struct mili_train_config { MIL_TRAINER_OPTION_LIST(MILI_TRAIN_MEMBER) } mili_train_config;
 #undef MILI_TRAIN_MEMBER
@@ -17415,13 +17364,18 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_BINARY_ROW
 #undef MILI_CHUNK_HEAD
 #undef MILI_CLAM_OPTIONS
+#undef MILI_CONFIG
+#undef MILI_CONFIG_MEMBER
+#undef MILI_CONFIG_ROW
 #undef MILI_CONVERT
 #undef MILI_CONV_CHANNELS
 #undef MILI_COUNT
 #undef MILI_C_BOOL
 #undef MILI_C_CHOICE
 #undef MILI_C_INT
+#undef MILI_C_INTS
 #undef MILI_C_REAL
+#undef MILI_C_TEXTS
 #undef MILI_DEFINE_DOT4
 #undef MILI_DEFINE_EXTREME
 #undef MILI_DEFINE_FOLDS
@@ -17465,7 +17419,6 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_LOCK
 #undef MILI_LOSS_ENUM
 #undef MILI_MAX
-#undef MILI_MAX_BLOCKS
 #undef MILI_MAX_SLOTS
 #undef MILI_METRIC_NAN
 #undef MILI_MIN
@@ -17477,7 +17430,6 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_NPY_MAX_HEADER
 #undef MILI_NR_MAX
 #undef MILI_OPS
-#undef MILI_OPTION_ROW
 #undef MILI_OP_POINTER
 #undef MILI_OS_CLOSE
 #undef MILI_OS_FSTAT
