@@ -349,7 +349,8 @@ MIL_API mil_status mil_tape_backward(mil_tape *tape, mil_node *loss);
 // The same for sum_i <y[i], dy[i]>: parts with several results and no loss. dy[i] has y[i]'s shape.
 MIL_API mil_status mil_tape_backward_from(mil_tape *tape, mil_node *const *y, mil_node *const *dy, int count);
 MIL_API void       mil_node_want_grad(mil_node *input);
-MIL_API mil_node  *mil_node_grad(mil_node *x);                 // NULL when the loss does not depend on x
+// NULL when the loss does not depend on x. A parameter's: mil_node_grad(mil_use(tape, param)).
+MIL_API mil_node  *mil_node_grad(mil_node *x);
 #endif
 
 // ==== >>ops: what can be recorded =================================================================================
@@ -775,8 +776,8 @@ typedef struct mil_outputs {
     mil_node *attention;                                  // in the reference's shape, as it returns it; NULL when the model has none
     mil_node *attention_scores;                           // [B, N, K] raw scores, or NULL
     mil_node *attention_weights;                          // [B, N, K] after the softmax over instances, or NULL
-    mil_node *contribution;                               // [B, N, C]: the summand of instance n in logit c, without the bias; NULL
-                                                          // unless the model pools linearly with a linear head
+    mil_node *contribution;                               // [B, N, C]: the summand of instance n in logit c, so that they add up to the
+                                                          // logit but for a bias; NULL where the logits are no such sum
     mil_node *slide_feats;                                // what enters the classifier
     struct { const char *name; mil_node *node; } extra[MIL_MAX_OUTPUTS];   // auxiliary losses and others by name
     int       extra_count;
@@ -838,6 +839,9 @@ MIL_API mil_status mil_scorer_score(mil_scorer *scorer, const mil_bag *bag);
 //   count   instances, 0 or more; a bag may be pushed in any number of calls, with the same bits as in one.
 // Returns MIL_OK, MIL_ERROR_ARGUMENT or MIL_ERROR_NUMERIC (the bag is unchanged), MIL_ERROR_UNSUPPORTED for a model that needs
 // all instances at once (the sentence names the op), or MIL_ERROR_NO_MEMORY (only beyond `capacity`; the bag is unchanged).
+// Memory grows with the bag by the results asked for, and by what the model reads again once it has seen all instances, such as
+// an embedding that is weighed by a softmax before a non-linear head: up to 64 numbers per instance are kept, a wider value is
+// MIL_ERROR_UNSUPPORTED.
 // Threads: one call at a time per scorer. Source: streamed softmax pooling, Milakov and Gimelshein 2018, section 3.
 MIL_API mil_status mil_scorer_push(mil_scorer *scorer, const void *rows, int64_t count, size_t stride, mil_dtype dtype);
 MIL_API void mil_scorer_reset(mil_scorer *scorer);                                          // an empty bag
@@ -3807,7 +3811,7 @@ typedef struct mili_plan_node {
     mil_node *present;                                     // this source recorded once more, in a later run
     mil_node *converted[2];                                // this foreign-dtype input as mil_real, as index
     mil_node *base;                                        // whose memory this is: itself, or for a view the first non-view below
-    int       stage, group, latest;
+    int       stage, latest, listed;                       // listed: 1 when it stands in a step
     int       first, last;                                 // steps between which its memory is taken
     int       last_reader;                                 // in its group
     int       step, stored, uses;                          // its step; 1: must exist whole; readers, of a row value that need not
@@ -4015,9 +4019,10 @@ MIL_DEF mil_spec mil_spec_make(const mil_op *op, mil_kind kind, int rank, const 
 }
 
 MILI_FN void mili_run_nothing(const mil_exec *x) { MILI_UNUSED(x); }
-static const mil_op mili_op_input = { "input", mili_run_nothing, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0 };
-static const mil_op mili_op_param = { "parameter", mili_run_nothing, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0 };
-static const mil_op mili_op_second = { "second result", mili_run_nothing, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, MIL_OP_STOPS_GRADIENT };
+static const mil_op mili_op_input = MIL_OP_WHOLE("input", mili_run_nothing, NULL);
+static const mil_op mili_op_param = MIL_OP_WHOLE("parameter", mili_run_nothing, NULL);
+static const mil_op mili_op_second = { "second result", mili_run_nothing, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+                                       MIL_OP_STOPS_GRADIENT };
 
 // All fields of a node but its links. NULL after an error.
 MILI_FN mil_node *mili_node_new(mil_tape *tape, const mil_op *op, mil_kind kind, mil_dtype dtype, int rank, const int64_t *shape)
@@ -4131,10 +4136,11 @@ MIL_DEF mil_node *mil_record(mil_tape *tape, const mil_spec *spec)
         return mili_record(tape, spec);                    // which says what is wrong
     const int by_rows = spec->kind == MIL_KIND_ROWS || spec->kind == MIL_KIND_REDUCE;
     if (by_rows && spec->input_count > 0 && spec->row_inputs == 0 && !(spec->op->flags & MIL_OP_WHOLE_INPUTS))
-        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: row_inputs is 0, though rows are computed from %d inputs: set bit i for an input i that is cut "
-                             "into rows (or MIL_OP_WHOLE_INPUTS when none is)", spec->op->name, spec->input_count);
+        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: row_inputs is 0, though rows are computed from %d inputs: set bit i for an "
+                             "input i that is cut into rows (or MIL_OP_WHOLE_INPUTS when none is)", spec->op->name, spec->input_count);
     if (spec->row_inputs >> spec->input_count != 0)
-        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: row_inputs %#x names an input beyond the last of %d", spec->op->name, spec->row_inputs, spec->input_count);
+        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: row_inputs %#x names an input beyond the last of %d", spec->op->name,
+                             spec->row_inputs, spec->input_count);
     mil_spec s = *spec;
     for (int i = 0; i < s.input_count; i++)
         if (s.input[i] && s.input[i]->tape == tape && s.input[i]->op == &mili_op_input) {
@@ -4279,7 +4285,8 @@ MIL_DEF void mil_update(mil_param *param, mil_node *value)
                       param ? mili_shape_text(param->rank, param->shape).s : "", MILI_SHAPE(value));
         return;
     }
-    if (value->plan->base->op == &mili_op_param && value->dtype == MIL_REAL_DTYPE) value = mil_affine(value, 1, 0);   // its value now: that may be updated, too
+    // A parameter's value is copied now: it may be updated, too.
+    if (value->plan->base->op == &mili_op_param && value->dtype == MIL_REAL_DTYPE) value = mil_affine(value, 1, 0);
     if (!value) return;
     if (!mili_reserve(tape->ctx, (void **)&tape->update, &tape->update_capacity, tape->update_count + 1, sizeof *tape->update)) {
         mili_tape_fail_ctx(tape);
@@ -4341,7 +4348,6 @@ MIL_DEF mil_status mil_tape_backward(mil_tape *tape, mil_node *loss)
     return mili_tape_report(tape);
 }
 
-// The gradient of sum over i of <y[i], dy[i]>, for parts that have several results and no loss.
 MIL_DEF mil_status mil_tape_backward_from(mil_tape *tape, mil_node *const *y, mil_node *const *dy, int count)
 {
     if (!tape) return MIL_ERROR_ARGUMENT;
@@ -4350,7 +4356,8 @@ MIL_DEF mil_status mil_tape_backward_from(mil_tape *tape, mil_node *const *y, mi
     tape->backward_done = 1;
     tape->in_backward = 1;
     for (int i = 0; i < count && tape->status == MIL_OK; i++) {
-        if (!y[i] || !dy[i] || y[i]->tape != tape || dy[i]->tape != tape) mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_tape_backward_from: result or cotangent %d is not on this tape", i);
+        if (!y[i] || !dy[i] || y[i]->tape != tape || dy[i]->tape != tape)
+            mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_tape_backward_from: result or cotangent %d is not on this tape", i);
         else mil_add_grad(y[i], dy[i]);
     }
     return mili_backward_walk(tape);
@@ -4546,7 +4553,8 @@ MILI_FN int mili_reads_rows(const mil_node *c, int i)
 {
     const mil_node *in = c->input[i], *base = in->plan->base;
     if (!(c->row_inputs >> i & 1) || mili_row_space(c) == 0) return 0;
-    return mili_main(base)->kind == MIL_KIND_ROWS && base->rows == c->in_rows && in->rows == c->in_rows && in->count / MILI_MAX(c->in_rows, 1) == in->cols;
+    if (mili_main(base)->kind != MIL_KIND_ROWS || base->rows != c->in_rows || in->rows != c->in_rows) return 0;
+    return in->count / MILI_MAX(c->in_rows, 1) == in->cols;
 }
 
 MILI_FN size_t mili_row_bytes(const mil_node *n) { return (size_t)n->cols * mil_dtype_size(n->dtype); }
@@ -4592,24 +4600,26 @@ MILI_FN int mili_runs(const mil_node *n)
     return (n->flags & MILI_NEEDED) && n->kind != MIL_KIND_LEAF && n->kind != MIL_KIND_VIEW && n->op != &mili_op_second;
 }
 
+// Gives each needed node its stage; returns how many there are. Without groups each node has a stage of its own.
 MILI_FN int mili_assign_stages(mil_tape *tape, int groups)
 {
     int stages = 1;
     for (int64_t i = tape->ran; i < tape->count; i++) {
         mil_node *n = tape->node[i];
         if (!(n->flags & MILI_NEEDED)) continue;
+        const int computes = n->op != &mili_op_second && n->kind != MIL_KIND_VIEW;           // else it is there with its input
         int stage = 0;
         for (int j = 0; j < n->input_count; j++) {
-            const mil_node *in = n->input[j]->plan->base, *main = mili_main(in);
+            const mil_node *in = n->input[j]->plan->base;
             if (in->index < tape->ran || in->kind == MIL_KIND_LEAF) continue;
-            int s = in->plan->stage;
-            if (n->op == &mili_op_second || n->kind == MIL_KIND_VIEW) s += 0;
-            else if (mili_row_space(main) && !mili_reads_rows(n, j)) s += 1;
-            stage = MILI_MAX(stage, s);
+            stage = MILI_MAX(stage, in->plan->stage + (computes && mili_row_space(in) && !mili_reads_rows(n, j)));
         }
-        n->plan->stage = groups ? stage : (int)(i - tape->ran);
-        if (n->op == &mili_op_second || n->kind == MIL_KIND_VIEW) n->plan->stage = n->input[0]->plan->base->index < tape->ran ? 0 : n->input[0]->plan->stage;
-        if (n->kind == MIL_KIND_VIEW && n->input[0]->kind == MIL_KIND_LEAF) n->plan->stage = 0;
+        if (computes) n->plan->stage = groups ? stage : (int)(i - tape->ran);
+        else {
+            const mil_node *in = n->input[0], *base = in->plan->base;
+            const int early = base->index < tape->ran || (n->kind == MIL_KIND_VIEW && in->kind == MIL_KIND_LEAF);
+            n->plan->stage = early ? 0 : in->plan->stage;
+        }
         stages = MILI_MAX(stages, n->plan->stage + 1);
         n->plan->latest = INT_MAX;
     }
@@ -4630,6 +4640,7 @@ MILI_FN int mili_assign_stages(mil_tape *tape, int groups)
     return stages;
 }
 
+// The plan's steps: in each stage a step per node that needs whole values, then a group per row space.
 MILI_FN mil_status mili_make_steps(mil_tape *tape, mili_plan *plan, int stages, int groups)
 {
     mil_context *ctx = tape->ctx;
@@ -4644,9 +4655,11 @@ MILI_FN mil_status mili_make_steps(mil_tape *tape, mili_plan *plan, int stages, 
     int64_t *start = (int64_t *)mili_arena_alloc(ctx, &tape->arena, (size_t)(stages + 1) * sizeof *start);
     mil_node **sorted = (mil_node **)mili_arena_alloc(ctx, &tape->arena, (size_t)MILI_MAX(nodes, 1) * sizeof *sorted);
     if (!start || !sorted) return MIL_ERROR_NO_MEMORY;
-    for (int64_t i = tape->ran; i < tape->count; i++) if (mili_runs(tape->node[i])) start[tape->node[i]->plan->stage + 1]++;
+    for (int64_t i = tape->ran; i < tape->count; i++)
+        if (mili_runs(tape->node[i])) start[tape->node[i]->plan->stage + 1]++;
     for (int s = 0; s < stages; s++) start[s + 1] += start[s];
-    for (int64_t i = tape->ran; i < tape->count; i++) if (mili_runs(tape->node[i])) sorted[start[tape->node[i]->plan->stage]++] = tape->node[i];
+    for (int64_t i = tape->ran; i < tape->count; i++)
+        if (mili_runs(tape->node[i])) sorted[start[tape->node[i]->plan->stage]++] = tape->node[i];
     for (int s = stages; s > 0; s--) start[s] = start[s - 1];
     start[0] = 0;
 
@@ -4657,20 +4670,20 @@ MILI_FN mil_status mili_make_steps(mil_tape *tape, mili_plan *plan, int stages, 
             step->node = list;
             step->count = 1;
             *list++ = sorted[i];
-            sorted[i]->plan->group = -1;
+            sorted[i]->plan->listed = 1;
         }
         for (int64_t i = start[s]; i < start[s + 1]; i++) {                  // then a group per row space
-            if (sorted[i]->plan->group == -1 || sorted[i]->plan->group == -2) continue;
+            if (sorted[i]->plan->listed) continue;
             const int64_t rows = mili_row_space(sorted[i]);
             mili_step *step = &plan->step[plan->step_count++];
             step->node = list;
             step->group = 1;
             step->rows = rows;
             for (int64_t j = i; j < start[s + 1]; j++) {
-                if (sorted[j]->plan->group == -1 || sorted[j]->plan->group == -2 || mili_row_space(sorted[j]) != rows) continue;
+                if (sorted[j]->plan->listed || mili_row_space(sorted[j]) != rows) continue;
                 *list++ = sorted[j];
                 step->count++;
-                sorted[j]->plan->group = -2;
+                sorted[j]->plan->listed = 1;
             }
         }
     }
@@ -4719,7 +4732,8 @@ MILI_FN void mili_mark_stored(mil_tape *tape, const mili_plan *plan)
     // A light node is computed again where that needs nothing stored that would not be stored anyway.
     for (int64_t i = tape->ran; i < tape->count; i++) {
         mil_node *n = tape->node[i];
-        if (!mili_runs(n) || n->kind != MIL_KIND_ROWS || !(n->op->flags & MILI_OP_LIGHT) || n->plan->stored || n->second || n->rows <= MILI_TILE_ROWS) continue;
+        if (!mili_runs(n) || n->kind != MIL_KIND_ROWS || !(n->op->flags & MILI_OP_LIGHT)) continue;
+        if (n->plan->stored || n->second || n->rows <= MILI_TILE_ROWS) continue;
         int again = 1;
         for (int j = 0; j < n->input_count; j++) {
             const mil_node *in = n->input[j]->plan->base;
@@ -4730,7 +4744,7 @@ MILI_FN void mili_mark_stored(mil_tape *tape, const mili_plan *plan)
     }
 }
 
-// Whether what n reads as input j is computed again for n in step s.
+// The node whose copy n in step s reads in place of its input j; NULL when it reads what was stored.
 MILI_FN mil_node *mili_to_copy(const mil_tape *tape, const mil_node *n, int j, int s)
 {
     const mil_node *base = n->input[j]->plan->base;
@@ -4738,9 +4752,11 @@ MILI_FN mil_node *mili_to_copy(const mil_tape *tape, const mil_node *n, int j, i
     mil_node *made = base->op == &mili_op_second ? base->input[0] : n->input[j]->plan->base;
     if (made->plan->step >= s) return NULL;
     const int source = made->op->flags & MILI_OP_SOURCE && (made->op->flags & MILI_OP_CHEAP || made->plan->uses == 0);
-    return source || made->plan->again || (tape->options & (1u << MIL_TAPE_RECOMPUTE) && made->rows > MILI_TILE_ROWS) ? made : NULL;
+    const int recompute = tape->options & (1u << MIL_TAPE_RECOMPUTE) && made->rows > MILI_TILE_ROWS;
+    return source || made->plan->again || recompute ? made : NULL;
 }
 
+// A copy of n for step s. own_plan 1: with a value of its own, among the plan's copies; 0: n itself, but for what it will read.
 MILI_FN mil_node *mili_copy_node(mil_tape *tape, mili_plan *plan, const mil_node *n, int s, int own_plan)
 {
     mil_node *copy = (mil_node *)mili_arena_alloc(tape->ctx, &tape->arena, sizeof *copy);
@@ -4883,15 +4899,14 @@ MILI_FN void mili_assign_places(mil_tape *tape, mili_plan *plan)
     for (int s = 0; s < plan->step_count; s++)
         for (int k = 0; k < plan->step[s].count; k++) {
             mil_node *n = plan->step[s].node[k];
-            mil_node *made[2];
-            made[0] = n;
-            made[1] = n->second && (n->second->flags & MILI_NEEDED) ? n->second : NULL;
+            mil_node *const made[2] = { n, n->second && (n->second->flags & MILI_NEEDED) ? n->second : NULL };
             for (int m = 0; m < 2; m++) {
                 if (!made[m]) continue;
                 made[m]->plan->first = made[m]->plan->last = s;
                 made[m]->plan->place = plan->step[s].group && n->kind == MIL_KIND_ROWS ? MILI_PLACE_TILE : MILI_PLACE_FULL;
             }
-            n->plan->deferred = n->kind == MIL_KIND_REDUCE && plan->step[s].group && n->op->flags & MIL_OP_WAVES && n->op->state_bytes(n) > MILI_DEFERRED_STATE;
+            n->plan->deferred = n->kind == MIL_KIND_REDUCE && plan->step[s].group && n->op->flags & MIL_OP_WAVES &&
+                                n->op->state_bytes(n) > MILI_DEFERRED_STATE;
         }
     for (int s = 0; s < plan->step_count; s++)
         for (int k = 0; k < plan->step[s].count; k++) {
@@ -4909,7 +4924,10 @@ MILI_FN void mili_assign_places(mil_tape *tape, mili_plan *plan)
     for (int64_t i = tape->ran; i < tape->count; i++) {
         mil_node *n = tape->node[i], *base = n->plan->base;
         if (!(n->flags & MILI_NEEDED) || base->kind == MIL_KIND_LEAF || base->index < tape->ran) continue;
-        if (n->flags & MILI_KEEP) { base->flags |= MILI_KEEP | MILI_KEPT; base->plan->place = MILI_PLACE_FULL; base->plan->last = plan->step_count; }
+        if (!(n->flags & MILI_KEEP)) continue;
+        base->flags |= MILI_KEEP | MILI_KEPT;
+        base->plan->place = MILI_PLACE_FULL;
+        base->plan->last = plan->step_count;
     }
     for (int64_t i = plan->update_begin; i < plan->update_end; i++) {
         mil_node *base = tape->update[i].value->plan->base;
@@ -4966,6 +4984,31 @@ MILI_FN void mili_add_span(mili_span *span, int *count, size_t bytes, size_t *of
     s->last = last;
 }
 
+// What step s takes of the workspace: its slots, states, prepared weights, and the values that are made in it.
+MILI_FN void mili_step_spans(const mil_tape *tape, mili_plan *plan, int s, mili_span *span, int *count)
+{
+    mili_step *step = &plan->step[s];
+    const int streamed = tape->stream_capacity && step->group && step->rows == tape->stream_capacity;
+    const int last = streamed ? plan->step_count : s;      // a stream's states stay
+    mili_add_span(span, count, mili_times(step->slot_bytes, (size_t)plan->slots), &step->slot_offset, s, last);
+    for (int k = 0; k < step->count; k++) {
+        mil_node *n = step->node[k];
+        mili_plan_node *p = n->plan;
+        p->state_bytes = step->group && n->kind == MIL_KIND_REDUCE && !p->deferred ? mili_align_up(n->op->state_bytes(n)) : 0;
+        mili_add_span(span, count, mili_times(p->state_bytes, (size_t)step->partitions), &p->state_offset, s, last);
+        p->prepared_bytes = step->group && n->op->prepare_bytes ? mili_align_up(n->op->prepare_bytes(n)) : 0;
+        mili_add_span(span, count, p->prepared_bytes, &p->prepared_offset, s, last);
+        for (int m = 0; m < 2; m++) {
+            mil_node *v = m ? n->second : n;
+            if (!v || (m && !(v->flags & MILI_NEEDED))) continue;
+            if (v->plan->place == MILI_PLACE_FULL) v->plan->bytes = mili_node_bytes(v);
+            else if (v->plan->place == MILI_PLACE_WAVE) v->plan->bytes = mili_times((size_t)step->wave_rows, mili_row_bytes(v));
+            else continue;
+            mili_add_span(span, count, v->plan->bytes ? v->plan->bytes : 1, &v->plan->offset, s, MILI_MAX(v->plan->last, last));
+        }
+    }
+}
+
 // Plans the nodes recorded since the last run. The plan lives in the tape's arena. NULL after an error.
 MILI_FN mili_plan *mili_make_plan(mil_tape *tape)
 {
@@ -4979,7 +5022,7 @@ MILI_FN mili_plan *mili_make_plan(mil_tape *tape)
     plan->end = tape->count;
     plan->update_begin = tape->updates_ran;
     plan->update_end = tape->update_count;
-    for (int64_t i = tape->ran; i < tape->count; i++) tape->node[i]->plan->group = 0;
+    for (int64_t i = tape->ran; i < tape->count; i++) tape->node[i]->plan->listed = 0;
     const int stages = mili_assign_stages(tape, groups);
     if (mili_make_steps(tape, plan, stages, groups) != MIL_OK) return NULL;
     mili_size_tiles(plan);
@@ -5003,29 +5046,7 @@ MILI_FN mili_plan *mili_make_plan(mil_tape *tape)
             step->slot_bytes = step->scratch_bytes;
         }
     }
-    for (int s = 0; s < plan->step_count && ok; s++) {
-        mili_step *step = &plan->step[s];
-        const int last = tape->stream_capacity && step->group && step->rows == tape->stream_capacity ? end : s;    // a stream's states stay
-        mili_add_span(span, &count, mili_times(step->slot_bytes, (size_t)plan->slots), &step->slot_offset, s, last);
-        for (int k = 0; k < step->count; k++) {
-            mil_node *n = step->node[k];
-            mili_plan_node *p = n->plan;
-            p->state_bytes = step->group && n->kind == MIL_KIND_REDUCE && !p->deferred ? mili_align_up(n->op->state_bytes(n)) : 0;
-            mili_add_span(span, &count, mili_times(p->state_bytes, (size_t)step->partitions), &p->state_offset, s, last);
-            p->prepared_bytes = step->group && n->op->prepare_bytes ? mili_align_up(n->op->prepare_bytes(n)) : 0;
-            mili_add_span(span, &count, p->prepared_bytes, &p->prepared_offset, s, last);
-            for (int m = 0; m < 2; m++) {
-                mil_node *v = m ? n->second : n;
-                if (!v || (m && !(v->flags & MILI_NEEDED))) continue;
-                size_t bytes = 0;
-                if (v->plan->place == MILI_PLACE_FULL) bytes = mili_node_bytes(v);
-                else if (v->plan->place == MILI_PLACE_WAVE) bytes = mili_times((size_t)step->wave_rows, mili_row_bytes(v));
-                else continue;
-                v->plan->bytes = bytes;
-                mili_add_span(span, &count, bytes ? bytes : 1, &v->plan->offset, s, MILI_MAX(v->plan->last, last));
-            }
-        }
-    }
+    for (int s = 0; s < plan->step_count && ok; s++) mili_step_spans(tape, plan, s, span, &count);
     if (ok && !mili_host_memory(ctx))                      // inputs are copied to the backend
         for (int64_t i = 0; i < tape->count; i++) {
             mil_node *n = tape->node[i];
@@ -5094,7 +5115,8 @@ MILI_FN char *mili_value_at(const mil_node *v, int by_rows, size_t row_bytes, in
     char *at = (char *)base->data;
     if (p->place == MILI_PLACE_TILE && base->kind != MIL_KIND_LEAF) return slot ? slot + p->offset : NULL;
     if (!by_rows || !at) return at;                        // no memory yet: an input that is converted tile by tile
-    if (base->kind == MIL_KIND_LEAF) return row < p->row_base ? NULL : at + (size_t)(row - p->row_base) * row_bytes;      // before it: begin, prepare
+    if (base->kind == MIL_KIND_LEAF)                       // before the first row: for begin and prepare, which read none
+        return row < p->row_base ? NULL : at + (size_t)(row - p->row_base) * row_bytes;
     return at + (size_t)(p->place == MILI_PLACE_WAVE ? row - wave : row) * row_bytes;
 }
 
@@ -5142,7 +5164,6 @@ typedef struct mili_rows {
 
 typedef struct mili_group {
     mil_tape *tape;
-    const mili_plan *plan;
     const mili_step *step;
     char *memory;                                          // workspace
     int64_t begin, end, all_rows;                          // rows of this call; begin is a multiple of the tile
@@ -5151,7 +5172,8 @@ typedef struct mili_group {
 } mili_group;
 
 // Rows [row, row + count), packed and in mil_real. NULL, and `bad` set, when one is not finite.
-MILI_FN const mil_real *mili_rows_tile(mili_rows *r, const mili_kernels *K, int64_t row, int64_t count, int64_t tile_rows, int slot, int64_t partition)
+MILI_FN const mil_real *mili_rows_tile(mili_rows *r, const mili_kernels *K, int64_t row, int64_t count, int64_t tile_rows, int slot,
+                                       int64_t partition)
 {
     const int64_t cols = r->node->cols;
     const char *from = r->data + (size_t)(row - r->first) * r->stride;
@@ -5162,7 +5184,8 @@ MILI_FN const mil_real *mili_rows_tile(mili_rows *r, const mili_kernels *K, int6
         tile = to;
     }
     if (K->finite(tile, count * cols)) return tile;
-    for (int64_t i = 0; i < count && r->bad[partition] < 0; i++) if (!K->finite(tile + i * cols, cols)) r->bad[partition] = row + i;
+    for (int64_t i = 0; i < count && r->bad[partition] < 0; i++)
+        if (!K->finite(tile + i * cols, cols)) r->bad[partition] = row + i;
     return NULL;
 }
 
@@ -5206,7 +5229,6 @@ MILI_FN void mili_group_open(mili_group *g, mil_tape *tape, const mili_plan *pla
 {
     memset(g, 0, sizeof *g);
     g->tape = tape;
-    g->plan = plan;
     g->step = step;
     g->memory = memory;
     g->slots.count = plan->slots;
@@ -5294,7 +5316,15 @@ MILI_FN void mili_group_finish(mili_group *g, int64_t rows)
 }
 
 // ---- one node alone ----
-typedef struct mili_reduce_job { mil_context *ctx; const mil_node *n; const void *const *in; void *out, *second; char *states; size_t state_bytes; mili_slots *slots; } mili_reduce_job;
+typedef struct mili_reduce_job {
+    mil_context *ctx;
+    const mil_node *n;
+    const void *const *in;
+    void *out, *second;
+    char *states;                                          // one per slot, and scratch behind each
+    size_t state_bytes;                                    // of both
+    mili_slots *slots;
+} mili_reduce_job;
 
 // A reduction that is no part of a group: one state per outer slice, rows in order.
 MILI_FN void mili_reduce_slice(void *arg, int64_t outer)
@@ -5387,9 +5417,7 @@ MILI_FN mil_status mili_run_on_backend(mil_context *ctx, mil_node *n)
 {
     const mil_backend *backend = ctx->backend;
     if (backend->supports(ctx->backend_self, n)) {
-        mil_node *one[1];
-        one[0] = n;
-        if (backend->run(ctx->backend_self, ctx, one, 1) == MIL_OK) return MIL_OK;
+        if (backend->run(ctx->backend_self, ctx, &n, 1) == MIL_OK) return MIL_OK;
         return mili_fail(ctx, MIL_ERROR_BACKEND, "backend %s: %s %s failed", backend->name, n->op->name, MILI_SHAPE(n));
     }
     ctx->fallbacks++;
@@ -5516,7 +5544,8 @@ MILI_FN mil_status mili_apply_updates(mil_tape *tape, const mili_plan *plan)
         else {
             void *copy = mili_alloc(ctx, mili_node_bytes(u->value));
             if (!copy) return ctx->status;
-            if (mili_download(ctx, copy, u->value->data, mili_node_bytes(u->value)) == MIL_OK) mili_upload(ctx, u->param->data, copy, mili_node_bytes(u->value));
+            if (mili_download(ctx, copy, u->value->data, mili_node_bytes(u->value)) == MIL_OK)
+                mili_upload(ctx, u->param->data, copy, mili_node_bytes(u->value));
             mili_free(ctx, copy, mili_node_bytes(u->value));
         }
         u->param->version++;
@@ -5634,7 +5663,8 @@ MIL_DEF mil_status mil_node_read(mil_node *node, void *dst, int64_t count)
     mili_enter(ctx);
     const mil_node *base = node->plan->base;
     if (!dst || count != node->count)
-        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_node_read: %s %s has %lld elements, not %lld", node->op->name, MILI_SHAPE(node), (long long)node->count, (long long)count);
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_node_read: %s %s has %lld elements, not %lld", node->op->name, MILI_SHAPE(node),
+                         (long long)node->count, (long long)count);
     if (base->kind != MIL_KIND_LEAF && base->index < node->tape->ran && !(base->flags & MILI_KEPT))
         return mili_fail(ctx, MIL_ERROR_STATE, "mil_node_read: %s %s was not kept (mil_node_keep before the run)", node->op->name, MILI_SHAPE(node));
     if (base->kind != MIL_KIND_LEAF && base->index >= node->tape->ran)
@@ -16541,40 +16571,37 @@ MIL_DEF mil_status mil_metric_balanced_accuracy(mil_context *ctx, const int64_t 
     return status;
 }
 
+MILI_FN mil_status mili_class_metric(mil_context *ctx, const char *name, int which, const int64_t *confusion, int64_t C,
+                                     mil_average average, double *per_class, double *value)
+{
+    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
+    mil_status status = mili_confusion_check(ctx, name, confusion, C, value);
+    if (status == MIL_OK) *value = mili_class_mean(confusion, C, average, which, per_class);
+    return status;
+}
+
 MIL_DEF mil_status mil_metric_precision(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
                                         double *per_class, double *value)
 {
-    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
-    mil_status status = mili_confusion_check(ctx, "precision", confusion, C, value);
-    if (status == MIL_OK) *value = mili_class_mean(confusion, C, average, MILI_PRECISION, per_class);
-    return status;
+    return mili_class_metric(ctx, "precision", MILI_PRECISION, confusion, C, average, per_class, value);
 }
 
 MIL_DEF mil_status mil_metric_recall(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
                                      double *per_class, double *value)
 {
-    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
-    mil_status status = mili_confusion_check(ctx, "recall", confusion, C, value);
-    if (status == MIL_OK) *value = mili_class_mean(confusion, C, average, MILI_RECALL, per_class);
-    return status;
+    return mili_class_metric(ctx, "recall", MILI_RECALL, confusion, C, average, per_class, value);
 }
 
 MIL_DEF mil_status mil_metric_specificity(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
                                           double *per_class, double *value)
 {
-    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
-    mil_status status = mili_confusion_check(ctx, "specificity", confusion, C, value);
-    if (status == MIL_OK) *value = mili_class_mean(confusion, C, average, MILI_SPECIFICITY, per_class);
-    return status;
+    return mili_class_metric(ctx, "specificity", MILI_SPECIFICITY, confusion, C, average, per_class, value);
 }
 
 MIL_DEF mil_status mil_metric_f1(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
                                  double *per_class, double *value)
 {
-    if (!mili_begin(ctx)) return MIL_ERROR_ARGUMENT;
-    mil_status status = mili_confusion_check(ctx, "f1", confusion, C, value);
-    if (status == MIL_OK) *value = mili_class_mean(confusion, C, average, MILI_F1, per_class);
-    return status;
+    return mili_class_metric(ctx, "f1", MILI_F1, confusion, C, average, per_class, value);
 }
 
 MIL_DEF mil_status mil_metric_kappa(mil_context *ctx, const int64_t *confusion, int64_t C, mil_kappa_weights weights,

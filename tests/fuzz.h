@@ -34,6 +34,24 @@ static void *fuzz_reallocate(void *user, void *block, size_t old_size, size_t ne
     return p;
 }
 
+// An input that begins with { is a header alone and data behind a 0 byte: `magic` and the header's length, in `digits` bytes, are
+// put in front of it. Returns the new bytes, to be freed, and sets data and size to them; NULL for any other input.
+static inline uint8_t *fuzz_header(const uint8_t **data, size_t *size, const char *magic, size_t magic_size, size_t digits)
+{
+    if (*size <= 1 || (*data)[0] != '{') return NULL;
+    const uint8_t *end = (const uint8_t *)memchr(*data, 0, *size);
+    const size_t header = end ? (size_t)(end - *data) : *size, rest = end ? *size - header - 1 : 0, front = magic_size + digits;
+    uint8_t *bytes = (uint8_t *)malloc(front + header + rest);
+    FUZZ_CHECK(bytes != NULL);
+    memcpy(bytes, magic, magic_size);
+    for (size_t i = 0; i < digits; i++) bytes[magic_size + i] = (uint8_t)((uint64_t)header >> (8 * i));
+    memcpy(bytes + front, *data, header);
+    if (rest) memcpy(bytes + front + header, end + 1, rest);
+    *size = front + header + rest;
+    *data = bytes;
+    return bytes;
+}
+
 // One context for all inputs: what an input leaves behind in it would show.
 static inline mil_context *fuzz_context(void)
 {

@@ -6,7 +6,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     mil_context *ctx = fuzz_context();
     const size_t before = fuzz_live;
-    uint8_t *bytes = NULL;
 #ifndef MIL_NO_TRAINING
     if (size && data[0] == 1) {
         mil_model *model = mil_create(ctx, "abmil", "in_dim=2 embed_dim=2 attn_dim=1");
@@ -25,17 +24,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         return 0;
     }
 #endif
-    if (size > 1 && data[0] == '{') {
-        const uint8_t *end = (const uint8_t *)memchr(data, 0, size);
-        const size_t header = end ? (size_t)(end - data) : size, rest = end ? size - header - 1 : 0;
-        bytes = (uint8_t *)malloc(8 + header + rest);
-        FUZZ_CHECK(bytes != NULL);
-        for (int i = 0; i < 8; i++) bytes[i] = (uint8_t)((uint64_t)header >> (8 * i));
-        memcpy(bytes + 8, data, header);
-        if (rest) memcpy(bytes + 8 + header, end + 1, rest);
-        size = 8 + header + rest;
-        data = bytes;
-    }
+    uint8_t *bytes = fuzz_header(&data, &size, "", 0, 8);
     mil_model *model = mil_open_memory(ctx, data, size);
     fuzz_status(ctx, mil_error_status(ctx));
     FUZZ_CHECK((model == NULL) == (mil_error_status(ctx) != MIL_OK));

@@ -14,19 +14,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     fuzz_peak = fuzz_live;
     const size_t before = fuzz_live;
     size_t grown = 0;
-    uint8_t *bytes = NULL;
-    if (size > 1 && data[0] == '{') {
-        const uint8_t *end = (const uint8_t *)memchr(data, 0, size);
-        const size_t header = end ? (size_t)(end - data) : size, rest = end ? size - header - 1 : 0;
-        bytes = (uint8_t *)malloc(12 + header + rest);
-        FUZZ_CHECK(bytes != NULL);
-        memcpy(bytes, "\x93NUMPY\2\0", 8);
-        for (int i = 0; i < 4; i++) bytes[8 + i] = (uint8_t)(header >> (8 * i));
-        memcpy(bytes + 12, data, header);
-        if (rest) memcpy(bytes + 12 + header, end + 1, rest);
-        size = 12 + header + rest;
-        data = bytes;
-    }
+    uint8_t *bytes = fuzz_header(&data, &size, "\x93NUMPY\2\0", 8, 4);
     mil_npy *npy;
     const mil_status status = mil_npy_open_memory(ctx, data, size, 0, &npy);
     fuzz_status(ctx, status);

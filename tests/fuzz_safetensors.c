@@ -9,18 +9,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (!model) FUZZ_CHECK((model = mil_create(ctx, "abmil", "in_dim=4 embed_dim=3 attn_dim=2")) != NULL);
     const size_t before = fuzz_live;
     fuzz_peak = fuzz_live;
-    uint8_t *bytes = NULL;
-    if (size > 1 && data[0] == '{') {
-        const uint8_t *end = (const uint8_t *)memchr(data, 0, size);
-        const size_t header = end ? (size_t)(end - data) : size, rest = end ? size - header - 1 : 0;
-        bytes = (uint8_t *)malloc(8 + header + rest);
-        FUZZ_CHECK(bytes != NULL);
-        for (int i = 0; i < 8; i++) bytes[i] = (uint8_t)((uint64_t)header >> (8 * i));
-        memcpy(bytes + 8, data, header);
-        if (rest) memcpy(bytes + 8 + header, end + 1, rest);
-        size = 8 + header + rest;
-        data = bytes;
-    }
+    uint8_t *bytes = fuzz_header(&data, &size, "", 0, 8);
     mil_tensors *file;
     mil_status status = mil_tensors_open_memory(ctx, data, size, size & 1 ? MIL_FILE_LIST_ONLY : 0, &file);
     fuzz_status(ctx, status);

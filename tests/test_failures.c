@@ -115,13 +115,11 @@ static mil_status call_metadata(mil_context *ctx, subject *s)
     return status;
 }
 
-static mil_status call_score(mil_context *ctx, subject *s)
+static mil_status score_bag(mil_context *ctx, subject *s, const mil_bag *bag)
 {
-    float x[20];
     mil_real y[2] = { 0, 0 };
-    const mil_bag bag = small_bag(x);
     mil_scorer *scorer = mil_scorer_create(s->model, NULL);
-    mil_status status = scorer ? mil_scorer_score(scorer, &bag) : mil_error_status(ctx);
+    mil_status status = scorer ? mil_scorer_score(scorer, bag) : mil_error_status(ctx);
     if (status == MIL_OK) status = mil_scorer_read(scorer, MIL_LOGITS, y, 2);
     mil_scorer_free(scorer);
     s->out[0] = (double)y[0];
@@ -129,21 +127,21 @@ static mil_status call_score(mil_context *ctx, subject *s)
     return status;
 }
 
+static mil_status call_score(mil_context *ctx, subject *s)
+{
+    float x[20];
+    const mil_bag bag = small_bag(x);
+    return score_bag(ctx, s, &bag);
+}
+
 static mil_status call_masked(mil_context *ctx, subject *s)
 {
     float x[20];
     static const unsigned char mask[5] = { 1, 1, 0, 1, 1 };
     const int64_t shape[1] = { 5 };
-    mil_real y[2] = { 0, 0 };
     mil_bag bag = small_bag(x);
     bag.mask = mil_tensor_make(mask, MIL_BOOL, 1, shape);
-    mil_scorer *scorer = mil_scorer_create(s->model, NULL);
-    mil_status status = scorer ? mil_scorer_score(scorer, &bag) : mil_error_status(ctx);
-    if (status == MIL_OK) status = mil_scorer_read(scorer, MIL_LOGITS, y, 2);
-    mil_scorer_free(scorer);
-    s->out[0] = (double)y[0];
-    s->out[1] = (double)y[1];
-    return status;
+    return score_bag(ctx, s, &bag);
 }
 
 #ifndef MIL_NO_TRAINING
