@@ -226,6 +226,11 @@ typedef struct mil_parallel {
 // Which kernels to use. AUTO takes the best that this CPU runs; the others are for tests.
 typedef enum mil_cpu { MIL_CPU_AUTO, MIL_CPU_PLAIN, MIL_CPU_AVX2, MIL_CPU_AVX512, MIL_CPU_NEON } mil_cpu;
 
+// How exactly linear layers multiply when no training tape records them. FULL: in mil_real. BF16: features and weights are rounded
+// to bfloat16 (8 bits of precision), products are summed in float; about twice as fast where the CPU can (AVX512_BF16), and FULL
+// where it cannot, so ask mil_context_precision. Logits then move by some thousandths: a choice to validate, never the default.
+typedef enum mil_precision { MIL_PRECISION_FULL, MIL_PRECISION_BF16 } mil_precision;
+
 typedef struct mil_backend mil_backend;
 
 typedef struct mil_context_options {
@@ -235,6 +240,7 @@ typedef struct mil_context_options {
     int           threads;                                // pool size, 0: one per CPU, 1: no pool
     mil_parallel  parallel;                               // run not NULL: used instead of a pool
     mil_cpu       cpu;
+    mil_precision precision;
     const mil_backend *backend;                           // NULL: the CPU
 } mil_context_options;
 
@@ -246,8 +252,8 @@ MIL_API mil_context_options mil_context_options_default(void);
 #endif
 
 // Creates a context. options NULL: the defaults. *out is NULL on failure.
-// Errors: MIL_ERROR_NO_MEMORY; MIL_ERROR_ARGUMENT (negative threads, a block too small); MIL_ERROR_UNSUPPORTED (a CPU
-// tier this machine lacks). There is no context to hold the sentence then; mil_status_text says what the code means.
+// Errors: MIL_ERROR_NO_MEMORY; MIL_ERROR_ARGUMENT (negative threads, a block too small, no such precision);
+// MIL_ERROR_UNSUPPORTED (a CPU tier this machine lacks). There is no context to hold the sentence then; mil_status_text says what the code means.
 MIL_API mil_status mil_context_create(mil_context **out, const mil_context_options *options);
 
 // Frees the context and its threads. Models, tapes, scorers of it must have been freed before. NULL is fine.
@@ -266,6 +272,7 @@ MIL_API size_t mil_context_peak_bytes(const mil_context *ctx);
 
 MIL_API const char *mil_context_cpu(const mil_context *ctx);   // name of the kernels in use: "avx512", "plain", ...
 MIL_API int         mil_context_threads(const mil_context *ctx);
+MIL_API mil_precision mil_context_precision(const mil_context *ctx);           // in use, whatever was asked for
 
 // ==== >>tape: record, then run ====================================================================================
 //
@@ -1742,6 +1749,7 @@ struct mil_context {
     char           error[MILI_ERROR_SIZE];
     const struct mili_kernels *kernels;
     int            threads;
+    mil_precision  precision;                              // in use
     mil_parallel   parallel;
     mili_pool     *pool;
     const mil_backend *backend;
@@ -1790,6 +1798,7 @@ MIL_DEF void mil_error_clear(mil_context *ctx) { if (ctx) mili_enter(ctx); }
 MIL_DEF size_t mil_context_bytes(const mil_context *ctx) { return ctx ? ctx->bytes : 0; }
 MIL_DEF size_t mil_context_peak_bytes(const mil_context *ctx) { return ctx ? ctx->peak : 0; }
 MIL_DEF int mil_context_threads(const mil_context *ctx) { return ctx ? ctx->threads : 0; }
+MIL_DEF mil_precision mil_context_precision(const mil_context *ctx) { return ctx ? ctx->precision : MIL_PRECISION_FULL; }
 MIL_DEF int64_t mil_context_fallbacks(const mil_context *ctx) { return ctx ? ctx->fallbacks : 0; }
 
 MIL_DEF const char *mil_status_name(mil_status status)
@@ -2370,6 +2379,7 @@ typedef struct mili_kernels {
     int lanes;                                                           // reals of a vector
     int mr, nr;                                                          // rows and columns of a tile of C
     mili_tile_fn *tile;
+    mili_tile_fn *tile_pairs;                                            // the same on pairs of bfloat16, NULL: none
     mili_dot4_fn *dot4;
     mili_map_fn *exp, *tanh, *sigmoid, *erf, *gelu, *gelu_grad, *silu, *silu_grad, *relu;
     mili_zip_fn *gate, *add, *sub, *mul, *div, *mul_add, *tanh_grad, *sigmoid_grad, *relu_grad;
@@ -2382,6 +2392,7 @@ typedef struct mili_kernels {
     mil_real (*exp_sum)(mil_real *y, const mil_real *x, int64_t n, mil_real shift);
     void (*from_f16)(mil_real *dst, const void *src, int64_t n);
     void (*from_bf16)(mil_real *dst, const void *src, int64_t n);
+    void (*to_pairs)(mil_real *dst, const mil_real *src, int64_t n);     // n reals as (n + 1) / 2 pairs of bfloat16; NULL as tile_pairs
 } mili_kernels;
 
 // NaN and infinities are told by their bits: -ffast-math lets a compiler drop comparisons of floats with them.
@@ -2743,7 +2754,8 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
 #endif
 
 // All kernels of a tier, and its table. T_exp ... T_relu and T_gate stand before it: MILI_DEFINE_MATHS, or libm.
-#define MILI_DEFINE_TIER(T, TARGET, EACH_R, tier, text) \
+// pairs, to_pairs: the tier's kernels on bfloat16, or NULL.
+#define MILI_DEFINE_TIER(T, TARGET, EACH_R, tier, text, pairs, to_pairs) \
     MILI_DEFINE_TILES(T, TARGET, EACH_R) \
     MILI_DEFINE_DOT4(T, TARGET) \
     MILI_DEFINE_MAP(T, TARGET, exp) \
@@ -2763,12 +2775,12 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
     MILI_DEFINE_GRADS(T, TARGET) \
     MILI_DEFINE_FOLDS(T, TARGET) \
     static const mili_kernels T##_kernels = { \
-        tier, text, T##_lanes, T##_mr, 2 * T##_lanes, T##_tile, T##_dot4, \
+        tier, text, T##_lanes, T##_mr, 2 * T##_lanes, T##_tile, pairs, T##_dot4, \
         T##_map_exp, T##_map_tanh, T##_map_sigmoid, T##_map_erf, T##_map_gelu, MILI_TRAINED(T##_map_gelu_grad), \
         T##_map_silu, MILI_TRAINED(T##_map_silu_grad), T##_map_relu, \
         T##_zip_gate, T##_zip_add, T##_zip_sub, T##_zip_mul, T##_zip_div, T##_mul_add, \
         MILI_TRAINED(T##_zip_tanh_grad), MILI_TRAINED(T##_zip_sigmoid_grad), MILI_TRAINED(T##_zip_relu_grad), T##_drop, T##_axpy, T##_scale, \
-        T##_fold_sum, T##_fold_max, T##_fold_min, T##_fold_dot, T##_finite, T##_exp_sum, T##_from_f16, T##_from_bf16 };
+        T##_fold_sum, T##_fold_max, T##_fold_min, T##_fold_dot, T##_finite, T##_exp_sum, T##_from_f16, T##_from_bf16, to_pairs };
 
 // ---- plain C ---------------------------------------------------------------------------------------------------------
 // Any compiler and CPU, float or double. A vector is four reals side by side, which compilers turn into the machine's
@@ -2954,7 +2966,7 @@ static void mili_plain_from_bf16(mil_real *dst, const void *src, int64_t n)     
 MILI_DEFINE_TILE(mili_plain, , 1)
 MILI_DEFINE_TILE(mili_plain, , 2)
 MILI_DEFINE_TILE(mili_plain, , 4)
-MILI_DEFINE_TIER(mili_plain, , MILI_PLAIN_ROWS, MIL_CPU_PLAIN, "plain")
+MILI_DEFINE_TIER(mili_plain, , MILI_PLAIN_ROWS, MIL_CPU_PLAIN, "plain", NULL, NULL)
 
 #if defined(MILI_TIERS_X86)
 
@@ -3048,7 +3060,7 @@ MILI_DEFINE_TILE(mili_avx2, MILI_AVX2, 2)
 MILI_DEFINE_TILE(mili_avx2, MILI_AVX2, 4)
 MILI_DEFINE_TILE(mili_avx2, MILI_AVX2, 6)
 MILI_DEFINE_MATHS(mili_avx2, MILI_AVX2)
-MILI_DEFINE_TIER(mili_avx2, MILI_AVX2, MILI_AVX2_ROWS, MIL_CPU_AVX2, "avx2")
+MILI_DEFINE_TIER(mili_avx2, MILI_AVX2, MILI_AVX2_ROWS, MIL_CPU_AVX2, "avx2", NULL, NULL)
 
 // ---- AVX-512: 16 floats, 32 registers, tiles of 12 x 32 ---------------------------------------------------------------
 
@@ -3134,7 +3146,41 @@ MILI_DEFINE_TILE(mili_avx512, MILI_AVX512, 4)
 MILI_DEFINE_TILE(mili_avx512, MILI_AVX512, 8)
 MILI_DEFINE_TILE(mili_avx512, MILI_AVX512, 12)
 MILI_DEFINE_MATHS(mili_avx512, MILI_AVX512)
-MILI_DEFINE_TIER(mili_avx512, MILI_AVX512, MILI_AVX512_ROWS, MIL_CPU_AVX512, "avx512")
+
+// Pairs of bfloat16: a 32-bit word holds two of them, k = 2 q in its lower half, so that rows of A and panels of B look like those
+// of floats, half as long, and the same tile body serves. One instruction adds both products of a pair to each of 16 floats.
+#if (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)
+#define MILI_AVX512_BF16 __attribute__((target("avx512bf16,avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")))
+typedef __m512 mili_pairs_v;
+enum { mili_pairs_lanes = 16, mili_pairs_mr = 12 };
+MILI_LANES MILI_AVX512_BF16 __m512 mili_pairs_load(const float *p) { return _mm512_loadu_ps(p); }
+MILI_LANES MILI_AVX512_BF16 void mili_pairs_store(float *p, __m512 v) { _mm512_storeu_ps(p, v); }
+MILI_LANES MILI_AVX512_BF16 __m512 mili_pairs_set(float x) { return _mm512_set1_ps(x); }
+MILI_LANES MILI_AVX512_BF16 __m512 mili_pairs_add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+MILI_LANES MILI_AVX512_BF16 __m512 mili_pairs_fma(__m512 a, __m512 b, __m512 c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+MILI_DEFINE_TILE(mili_pairs, MILI_AVX512_BF16, 1)
+MILI_DEFINE_TILE(mili_pairs, MILI_AVX512_BF16, 2)
+MILI_DEFINE_TILE(mili_pairs, MILI_AVX512_BF16, 4)
+MILI_DEFINE_TILE(mili_pairs, MILI_AVX512_BF16, 8)
+MILI_DEFINE_TILE(mili_pairs, MILI_AVX512_BF16, 12)
+MILI_DEFINE_TILES(mili_pairs, MILI_AVX512_BF16, MILI_AVX512_ROWS)
+
+static MILI_AVX512_BF16 void mili_pairs_from(float *dst, const float *src, int64_t n)
+{
+    for (; n > 0; n -= 16, src += 16, dst += 8) {
+        const __m512 x = n < 16 ? mili_avx512_load_part(src, n) : _mm512_loadu_ps(src);
+        const __m256i words = (__m256i)_mm512_cvtneps_pbh(x);
+        if (n >= 16) _mm256_storeu_si256((__m256i *)(void *)dst, words);
+        else _mm256_mask_storeu_epi32(dst, (__mmask8)((1u << ((n + 1) / 2)) - 1), words);
+    }
+}
+#define MILI_PAIRS_TILE mili_pairs_tile
+#define MILI_PAIRS_FROM mili_pairs_from
+#else
+#define MILI_PAIRS_TILE NULL
+#define MILI_PAIRS_FROM NULL
+#endif
+MILI_DEFINE_TIER(mili_avx512, MILI_AVX512, MILI_AVX512_ROWS, MIL_CPU_AVX512, "avx512", MILI_PAIRS_TILE, MILI_PAIRS_FROM)
 
 // The best tier that both this CPU and its operating system support: registers must be saved at a task switch too (XCR0).
 static mil_cpu mili_cpu_best(void)
@@ -3149,6 +3195,13 @@ static mil_cpu mili_cpu_best(void)
     if (~saved & 0xe6) return MIL_CPU_AVX2;                                                  // mask registers, zmm
     if (~b & (1u << 16 | 1u << 17 | 1u << 30 | 1u << 31)) return MIL_CPU_AVX2;               // F, DQ, BW, VL
     return MIL_CPU_AVX512;
+}
+
+// On a CPU with AVX-512: whether it multiplies pairs of bfloat16.
+MILI_FN int mili_cpu_has_pairs(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
 
 #elif defined(MILI_TIERS_ARM)
@@ -3272,11 +3325,13 @@ MILI_DEFINE_TILE(mili_neon, , 2)
 MILI_DEFINE_TILE(mili_neon, , 4)
 MILI_DEFINE_TILE(mili_neon, , 6)
 MILI_DEFINE_MATHS(mili_neon, )
-MILI_DEFINE_TIER(mili_neon, , MILI_NEON_ROWS, MIL_CPU_NEON, "neon")
+MILI_DEFINE_TIER(mili_neon, , MILI_NEON_ROWS, MIL_CPU_NEON, "neon", NULL, NULL)
 
 static mil_cpu mili_cpu_best(void) { return MIL_CPU_NEON; }              // every aarch64 has it
+MILI_FN int mili_cpu_has_pairs(void) { return 0; }
 #else
 static mil_cpu mili_cpu_best(void) { return MIL_CPU_PLAIN; }
+MILI_FN int mili_cpu_has_pairs(void) { return 0; }
 #endif
 
 // The kernels of a tier, or of the best one for MIL_CPU_AUTO. NULL: this CPU or this build lacks it.
@@ -3312,6 +3367,7 @@ typedef struct mili_gemm {
     const mil_real *b;              // [k, n] element (p, j) at b[p * b_row + j * b_col]; not used when `packed`
     int64_t b_row, b_col;
     const mil_real *packed;         // B as mili_gemm_pack wrote it on the same tier, or NULL
+    int pairs;                      // 1: packed by mili_gemm_pack_pairs, A is rounded alike; needs a_col 1, n > MILI_THIN, K->tile_pairs
     mil_real *c;                    // [m, n] element (i, j) at c[i * c_row + j]; must not overlap A or B
     int64_t c_row;
     int accumulate;                 // C += A B; the bias is not added
@@ -3423,6 +3479,30 @@ MILI_FN void mili_gemm_pack(const mili_kernels *K, mil_real *dst, const mil_real
     mili_gemm_pack_panels(K, dst, b, b_row, b_col, n, k, 0, mili_gemm_panels(K, n));
 }
 
+// The same panels of pairs of bfloat16, each as long as (k + 1) / 2 words; an odd k ends with a zero.
+MILI_LANES uint32_t mili_to_bfloat(mil_real x)
+{
+    const float f = (float)x;
+    uint32_t u;
+    memcpy(&u, &f, sizeof u);
+    if ((u & 0x7fffffff) > 0x7f800000) return u >> 16 | 0x40;            // a NaN stays one
+    return (u + 0x7fff + (u >> 16 & 1)) >> 16;                           // to nearest, ties to even
+}
+
+MILI_FN void mili_gemm_pack_pairs(const mili_kernels *K, mil_real *dst, const mil_real *b, int64_t b_row, int64_t b_col,
+                                  int64_t n, int64_t k, int64_t first, int64_t end)
+{
+    const int64_t nr = K->nr, words = (k + 1) / 2;
+    for (int64_t i = first; i < end; i++)
+        for (int64_t q = 0; q < words; q++)
+            for (int64_t c = 0; c < nr; c++) {
+                const mil_real *at = b + (i * nr + c) * b_col + 2 * q * b_row;
+                uint32_t word = 0;
+                if (i * nr + c < n) word = mili_to_bfloat(at[0]) | (2 * q + 1 < k ? mili_to_bfloat(at[b_row]) << 16 : 0);
+                memcpy(dst + (i * words + q) * nr + c, &word, sizeof word);
+            }
+}
+
 // n <= MILI_THIN: four rows of A by one column of B at a time.
 static void mili_gemm_thin(const mili_kernels *K, const mili_gemm *g)
 {
@@ -3459,19 +3539,19 @@ static void mili_gemm_thin(const mili_kernels *K, const mili_gemm *g)
 }
 
 // One tile of rows by all columns of one panel. A tile at the right edge is worked out aside, whole, and then cut.
-static void mili_gemm_panel(const mili_kernels *K, int64_t rows, int by_column, int64_t k, const mil_real *a,
-                            const mil_real *b, int64_t b_step, const mil_real *start, mil_real *c, int64_t c_row,
-                            int64_t width, int add)
+static void mili_gemm_panel(const mili_kernels *K, mili_tile_fn *run, int64_t rows, int by_column, int64_t k,
+                            const mil_real *a, const mil_real *b, int64_t b_step, const mil_real *start, mil_real *c,
+                            int64_t c_row, int64_t width, int add)
 {
     mil_real tile[MILI_MR_MAX * MILI_NR_MAX];
     if (width == K->nr) {
-        K->tile(rows, by_column, k, a, b, b_step, start, c, c_row, add);
+        run(rows, by_column, k, a, b, b_step, start, c, c_row, add);
         return;
     }
     memset(tile, 0, sizeof tile);
     if (add)
         for (int64_t r = 0; r < rows; r++) memcpy(tile + r * K->nr, c + r * c_row, (size_t)width * sizeof *c);
-    K->tile(rows, by_column, k, a, b, b_step, start, tile, K->nr, add);
+    run(rows, by_column, k, a, b, b_step, start, tile, K->nr, add);
     for (int64_t r = 0; r < rows; r++) memcpy(c + r * c_row, tile + r * K->nr, (size_t)width * sizeof *c);
 }
 
@@ -3505,7 +3585,10 @@ static int mili_gemm_cblas(const mili_gemm *g)
 MILI_FN void mili_gemm_run(const mili_kernels *K, const mili_gemm *g)
 {
     mil_real a_tile[MILI_MR_MAX * MILI_KC_STEP], start[MILI_NR_MAX];
-    const int64_t nr = K->nr, mr = K->mr, block = mili_gemm_block_panels(K, g->k) * nr;
+    const int64_t each = g->pairs ? 2 : 1, k = (g->k + each - 1) / each;     // k counts words of `each` numbers from here on
+    const int64_t nr = K->nr, mr = K->mr, block = mili_gemm_block_panels(K, k) * nr;
+    mili_tile_fn *tile = g->pairs ? K->tile_pairs : K->tile;
+    MIL_ASSERT(!g->pairs || (g->packed && tile && g->a_col == 1 && g->n > MILI_THIN));
     if (g->m <= 0 || g->n <= 0) return;
     if (g->k <= 0) {
         if (g->accumulate) return;
@@ -3522,8 +3605,8 @@ MILI_FN void mili_gemm_run(const mili_kernels *K, const mili_gemm *g)
     }
     for (int64_t j0 = 0; j0 < g->n; j0 += block) {
         const int64_t j1 = MILI_MIN(j0 + block, g->n);
-        for (int64_t p = 0; p < g->k; p += MILI_KC) {
-            const int64_t depth = MILI_MIN(g->k - p, MILI_KC);
+        for (int64_t p = 0; p < k; p += MILI_KC) {
+            const int64_t depth = MILI_MIN(k - p, MILI_KC);
             const int add = p > 0 || g->accumulate, by_column = g->a_row == 1 && g->a_col != 1;
             const mil_real *bias = add ? NULL : g->bias;
             // With few rows, whole panels of a row-major B are read where they stand: packing would cost more than the rest.
@@ -3536,8 +3619,11 @@ MILI_FN void mili_gemm_run(const mili_kernels *K, const mili_gemm *g)
                                         g->b_col, MILI_MIN(g->n - j, nr), depth);
             for (int64_t i = 0; i < g->m; i += mr) {
                 const int64_t rows = MILI_MIN(g->m - i, mr);
-                const mil_real *a = g->a + i * g->a_row + p * g->a_col;
-                if (by_column) {                                         // rows side by side in memory: keep them so
+                const mil_real *a = g->a + i * g->a_row + each * p * g->a_col;
+                if (g->pairs) {
+                    for (int64_t r = 0; r < rows; r++)
+                        K->to_pairs(a_tile + r * MILI_KC_STEP, a + r * g->a_row, MILI_MIN(2 * depth, g->k - 2 * p));
+                } else if (by_column) {                                         // rows side by side in memory: keep them so
                     for (int64_t q = 0; q < depth; q++)
                         mili_copy_few(a_tile + q * mr, a + q * g->a_col, rows);
                 } else {
@@ -3552,8 +3638,8 @@ MILI_FN void mili_gemm_run(const mili_kernels *K, const mili_gemm *g)
                 if (i + mr < g->m && (by_column || g->a_col == 1)) {
                     next = a + mr * g->a_row;
                     next_rows = MILI_MIN(g->m - i - mr, mr);
-                } else if (p + depth < g->k && (by_column || g->a_col == 1)) {
-                    next = g->a + (p + depth) * g->a_col;
+                } else if (p + depth < k && (by_column || g->a_col == 1)) {
+                    next = g->a + each * (p + depth) * g->a_col;
                     next_rows = MILI_MIN(g->m, mr);
                 }
                 for (int64_t j = j0; j < j1; j += nr) {
@@ -3566,10 +3652,10 @@ MILI_FN void mili_gemm_run(const mili_kernels *K, const mili_gemm *g)
                         }
                     else
                         for (int64_t r = 0; r < next_rows; r++)
-                            for (int64_t q = first; q < end; q += line) MILI_PREFETCH(next + r * g->a_row + q);
+                            for (int64_t q = each * first; q < each * end; q += line) MILI_PREFETCH(next + r * g->a_row + q);
                     for (int64_t r = 0; r < rows && add; r++)
                         for (int64_t q = 0; q < width; q += line) MILI_PREFETCH(g->c + (i + r) * g->c_row + j + q);
-                    const mil_real *b = g->packed ? g->packed + j * g->k + p * nr : g->scratch + (j - j0) * depth;
+                    const mil_real *b = g->packed ? g->packed + j * k + p * nr : g->scratch + (j - j0) * depth;
                     int64_t b_step = nr;
                     if (in_place && width == nr) {
                         b = g->b + p * g->b_row + j;
@@ -3577,7 +3663,7 @@ MILI_FN void mili_gemm_run(const mili_kernels *K, const mili_gemm *g)
                     }
                     if (bias)
                         for (int64_t q = 0; q < nr; q++) start[q] = q < width ? bias[j + q] : 0;
-                    mili_gemm_panel(K, rows, by_column, depth, a_tile, b, b_step, start, g->c + i * g->c_row + j, g->c_row,
+                    mili_gemm_panel(K, tile, rows, by_column, depth, a_tile, b, b_step, start, g->c + i * g->c_row + j, g->c_row,
                                     width, add);
                 }
             }
@@ -3692,6 +3778,7 @@ MIL_DEF mil_status mil_context_create(mil_context **out, const mil_context_optio
     if (!out) return MIL_ERROR_ARGUMENT;
     *out = NULL;
     if (o.threads < 0 || (o.parallel.run && o.parallel.threads < 0)) return MIL_ERROR_ARGUMENT;
+    if (o.precision != MIL_PRECISION_FULL && o.precision != MIL_PRECISION_BF16) return MIL_ERROR_ARGUMENT;
     const mili_kernels *kernels = mili_kernels_choose(o.cpu);
     if (!kernels) return MIL_ERROR_UNSUPPORTED;
 
@@ -3713,6 +3800,9 @@ MIL_DEF mil_status mil_context_create(mil_context **out, const mil_context_optio
     memset(ctx, 0, sizeof *ctx);
     ctx->allocator = allocator;
     ctx->kernels = kernels;
+#if !defined(MIL_USE_CBLAS)
+    if (o.precision == MIL_PRECISION_BF16 && kernels->tile_pairs && mili_cpu_has_pairs()) ctx->precision = MIL_PRECISION_BF16;
+#endif
     ctx->threads = 1;
     ctx->parallel = o.parallel;
     if (o.parallel.run) {
@@ -6803,14 +6893,15 @@ MIL_DEF mil_node *mil_log_softmax(mil_node *x, int axis) { return mil_sub(x, mil
 //   matmul      everything else: batches of matrices
 
 // y = x W^T + b (i[0] = 1: W [out, in] is read transposed), or x W + b (i[0] = 0: W [in, out]). W is packed into panels once, before
-// the first rows, unless there are so few rows (below 32) that packing would cost more than it saves.
+// the first rows, unless there are so few rows (below 32) that packing would cost more than it saves. i[1] = 1: in bfloat16
+// (MIL_PRECISION_BF16), then always packed.
 MILI_FN size_t mili_linear_prepare_bytes(const mil_node *n)
 {
 #if defined(MIL_USE_CBLAS)
     MILI_UNUSED(n);
     return 0;                                              // it packs for itself
 #else
-    if (n->rows < 32) return 0;
+    if (n->rows < 32 && !n->i[1]) return 0;
     // A packed W is padded to whole panels; 64 is no less than any CPU's panel is wide, so this is room for each of them.
     const int64_t in = n->input[0]->cols, panel = 64;
     return (size_t)((n->cols + panel) * (in + panel)) * sizeof(mil_real);
@@ -6825,9 +6916,11 @@ MILI_FN void mili_pack_task(void *arg, int64_t index, void *scratch)
     const mil_exec *x = job->x;
     const int64_t in = x->node->input[0]->cols, out = x->node->cols;
     const int transposed = (int)x->node->i[0];
+    const int64_t first = index * job->chunk, end = MILI_MIN(first + job->chunk, job->panels);
+    const int64_t w_row = transposed ? 1 : out, w_col = transposed ? in : 1;
     MILI_UNUSED(scratch);
-    mili_gemm_pack_panels(MILI_K(x), (mil_real *)x->prepared, MILI_IN(x, 1), transposed ? 1 : out, transposed ? in : 1, out, in,
-                          index * job->chunk, MILI_MIN((index + 1) * job->chunk, job->panels));
+    if (x->node->i[1]) mili_gemm_pack_pairs(MILI_K(x), (mil_real *)x->prepared, MILI_IN(x, 1), w_row, w_col, out, in, first, end);
+    else mili_gemm_pack_panels(MILI_K(x), (mil_real *)x->prepared, MILI_IN(x, 1), w_row, w_col, out, in, first, end);
 }
 
 MILI_FN void mili_linear_prepare(const mil_exec *x)
@@ -6856,6 +6949,7 @@ MILI_FN void mili_linear_run(const mil_exec *x)
     g.b_row = transposed ? 1 : out;
     g.b_col = transposed ? in : 1;
     g.packed = (const mil_real *)x->prepared;
+    g.pairs = (int)n->i[1];
     g.c = MILI_OUT(x);
     g.c_row = out;
     g.bias = n->input_count > 2 ? MILI_IN(x, 2) : NULL;
@@ -6914,6 +7008,7 @@ MILI_FN mil_node *mili_linear(mil_node *x, mil_node *w, mil_node *bias, int tran
     s.input[2] = bias;
     s.row_inputs = 1;
     s.i[0] = transposed;
+    s.i[1] = x->tape->ctx->precision == MIL_PRECISION_BF16 && !x->tape->training && out > MILI_THIN;
     return mil_record(x->tape, &s);
 }
 
@@ -17384,6 +17479,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_AVX2
 #undef MILI_AVX2_ROWS
 #undef MILI_AVX512
+#undef MILI_AVX512_BF16
 #undef MILI_AVX512_ROWS
 #undef MILI_BIG_ENDIAN
 #undef MILI_BINARY_ENUM
@@ -17473,6 +17569,8 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_OUT
 #undef MILI_O_CLOEXEC
 #undef MILI_PAIRS
+#undef MILI_PAIRS_FROM
+#undef MILI_PAIRS_TILE
 #undef MILI_PASTE
 #undef MILI_PASTE_
 #undef MILI_PIECE

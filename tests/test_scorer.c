@@ -7,7 +7,7 @@
 
 enum { D = 24, C = 3, N = 1200 };                          // several tiles of 128, and a rest
 #define NAME "abmil.base.uni.none"
-#define OPTIONS "in_dim=24 embed_dim=20 attn_dim=12 num_classes=3"
+#define OPTIONS "in_dim=24 embed_dim=20 attn_dim=12 num_classes=3 dropout=0"
 #define EVERYTHING ((1u << MIL_RESULT_COUNT) - 1)
 #define ROUNDING (MIL_REAL_IS_FLOAT ? 1e-5 : 1e-13)        // sums of a thousand terms in another order
 
@@ -174,6 +174,63 @@ TEST(any_number_of_threads_gives_the_same_bits)
             CHECK(!host || loops > 0);
             end();
         }
+}
+
+// Features and weights rounded to 8 bits of precision: each product is off by 2^-8 at most, in sums of 24 and 20 of them.
+TEST(bfloat_products_are_near_and_keep_their_bits_in_any_pieces)
+{
+    begin(1, NULL);
+    score_whole(N, &whole);
+    mil_tape *tape = NULL;
+    const mil_bag b = bag_of(bag, N);
+    end();
+    for (int threads = 1; threads < 4; threads++) {
+        static answers first;
+        mil_context_options o = mil_context_options_default();
+        o.precision = MIL_PRECISION_BF16;
+        o.threads = threads;
+        begin(1, NULL);                                    // the same weights, in a context of that precision
+        mil_context *full = ctx;
+        mil_model *exact = model;
+        CHECK(mil_context_create(&ctx, &o) == MIL_OK);
+        model = mil_create(ctx, NAME, OPTIONS);
+        for (int64_t i = 0; i < mil_model_param_count(model); i++)
+            CHECK(mil_param_write(mil_model_param(model, i), (const mil_real *)mil_model_param(exact, i)->data, mil_model_param(exact, i)->count) == MIL_OK);
+        score_whole(N, &now);
+        if (mil_context_precision(ctx) == MIL_PRECISION_FULL) CHECK(same_bits(&now, &whole));
+        else {
+            CHECK(MIL_REAL_IS_FLOAT && !same_bits(&now, &whole));
+            for (int c = 0; c < C; c++) CHECK_NEAR(now.logits[c], whole.logits[c], 2e-2);
+            for (int n = 0; n < N; n++) CHECK_NEAR(now.attention[n], whole.attention[n], 4e-2);
+        }
+        if (threads == 1) first = now;
+        CHECK(same_bits(&now, &first));
+        mil_scorer *s = make_scorer(0);
+        for (int64_t at = 0, n = 7; at < N; at += n, n = N - at < 130 ? N - at : 130) CHECK(mil_scorer_push(s, bag + at * D, n, 0, MIL_REAL_DTYPE) == MIL_OK);
+        read_all(s, &now);
+        CHECK(same_bits(&now, &first));
+        mil_scorer_free(s);
+        for (int training = 0; training < 2; training++) { // a training tape multiplies in full
+            mil_outputs out;
+            mil_real logits[C];
+            CHECK(mil_tape_create(ctx, &tape) == MIL_OK);
+            mil_tape_training(tape, training);
+            CHECK(mil_model_record(tape, model, &b, NULL, &out) == MIL_OK);
+            mil_node_keep(out.logits);
+            CHECK(mil_tape_run(tape) == MIL_OK && mil_node_read(out.logits, logits, C) == MIL_OK);
+            for (int c = 0; c < C && training; c++) CHECK_NEAR(logits[c], whole.logits[c], ROUNDING);
+            for (int c = 0; c < C && !training; c++) CHECK_NEAR(logits[c], first.logits[c], ROUNDING);
+            mil_tape_free(tape);
+        }
+        mil_model_free(model);
+        mil_context_free(ctx);
+        ctx = full;
+        model = exact;
+        end();
+    }
+    mil_context_options o = mil_context_options_default();
+    memset(&o.precision, 77, sizeof o.precision);
+    CHECK(mil_context_create(&ctx, &o) == MIL_ERROR_ARGUMENT);
 }
 
 TEST(results_so_far_are_those_of_a_bag_that_ends_there_and_change_nothing)
@@ -979,6 +1036,7 @@ TESTS(
     T(pushes_of_any_size_give_the_bits_of_the_whole_bag)
     T(any_number_of_threads_gives_the_same_bits)
     T(results_so_far_are_those_of_a_bag_that_ends_there_and_change_nothing)
+    T(bfloat_products_are_near_and_keep_their_bits_in_any_pieces)
     T(a_scorer_is_used_again_after_reset)
     T(a_masked_bag_between_streams_leaves_no_trace)
     T(rows_of_any_type_stride_and_alignment)
