@@ -11852,6 +11852,8 @@ MILI_FN mil_status mili_npy_parse_header(mil_context *ctx, const char *where, mi
     }
     mili_npy_space(h);
     if (h->at != h->end) return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: NPY header: something follows the dict", where);
+    if (h->end[-1] != '\n')                                // a header length that is a byte off would shift all data by a byte
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: NPY header: it does not end with a newline", where);
     return MIL_OK;
 }
 

@@ -943,12 +943,13 @@ TEST(safetensors_writer_checks_its_arguments)
 
 // ==== NPY ====
 
-// version, dict, data bytes 0, 1, 2, ...; the header is padded as NumPy does unless raw
+// version, dict, data bytes 0, 1, 2, ...; the header is padded as NumPy does (raw 0), ends with a newline only (1), or just ends (2)
 static unsigned char *npy_bytes(int major, const char *dict, size_t data, int raw, size_t *size)
 {
     const size_t start = major == 1 ? 10 : 12;
     size_t header = strlen(dict);
     if (!raw) header = (start + header + 1 + 63) / 64 * 64 - start;
+    if (raw == 1) header++;
     unsigned char *bytes = (unsigned char *)malloc(start + header + data);
     memcpy(bytes, "\x93NUMPY", 6);
     bytes[6] = (unsigned char)major;
@@ -956,7 +957,7 @@ static unsigned char *npy_bytes(int major, const char *dict, size_t data, int ra
     for (size_t i = 8; i < start; i++) bytes[i] = (unsigned char)(header >> (8 * (i - 8)));
     memset(bytes + start, ' ', header);
     memcpy(bytes + start, dict, strlen(dict));
-    if (!raw) bytes[start + header - 1] = '\n';
+    if (raw < 2) bytes[start + header - 1] = '\n';
     for (size_t i = 0; i < data; i++) bytes[start + header + i] = (unsigned char)i;
     *size = start + header + data;
     return bytes;
@@ -1087,16 +1088,24 @@ TEST(npy_broken_rules_are_named)
     CHECK(mil_npy_open_memory(ctx, bytes, size, 0, &npy) == MIL_ERROR_UNSUPPORTED);
     CHECK_CONTAINS(mil_error(ctx), "version 1.1");
     free(bytes);
+    bytes = npy_bytes(1, D("<f4", "False", "(2, 3)"), 24, 2, &size);
+    CHECK(mil_npy_open_memory(ctx, bytes, size, 0, &npy) == MIL_ERROR_FORMAT);
+    CHECK_CONTAINS(mil_error(ctx), "does not end with a newline");
+    free(bytes);
+    bytes = npy_bytes(1, D("<f4", "False", "(2, 3)"), 25, 0, &size);
+    bytes[8]--;                                            // a length that is one off would shift the data by a byte
+    CHECK(mil_npy_open_memory(ctx, bytes, size, 0, &npy) == MIL_ERROR_FORMAT);
+    free(bytes);
     char *many = (char *)malloc(10100);                    // NumPy's limit
     memset(many, ' ', 10100);
     memcpy(many, D("<f4", "False", "()"), strlen(D("<f4", "False", "()")));
     for (int over = 0; over < 2; over++) {
-        many[10000 + over] = 0;
+        many[9999 + over] = 0;
         bytes = npy_bytes(2, many, 4, 1, &size);
         CHECK(mil_npy_open_memory(ctx, bytes, size, 0, &npy) == (over ? MIL_ERROR_FORMAT : MIL_OK));
         mil_npy_free(npy);
         free(bytes);
-        many[10000 + over] = ' ';
+        many[9999 + over] = ' ';
     }
     free(many);
     CHECK(mil_npy_open_memory(ctx, "\x93NUMPY\2\0\xff\xff\xff\xff{}", 14, 0, &npy) == MIL_ERROR_FORMAT);
