@@ -108,9 +108,10 @@ TOOL_FN int run_train(mil_context *ctx, const arguments *a)
     if (more[0]) text_add(&optim, " %s", more);
     r.optim = optim.data;
     const double val = argument_real(a, "val", 0, 0.5), test = argument_real(a, "test", 0, 0.5);
-    const int64_t repeat = argument_int(a, "repeat", 0, 1000);
+    const int64_t repeat = argument_int(a, "repeat", 0, 1000), bootstrap = argument_int(a, "bootstrap", 2, 1000000);
     const data_columns columns = argument_columns(a);
     data_set d = data_open(ctx, data_path, argument(a, "features"), &columns, NULL, 0);
+    if (d.class_count == 1) recipe_check(ctx, &r, &d);     // says so before a split of one class fails
     splits s = splits_make(&d, folds, repeat, val, test, r.seed);
 
     text_add(&config, "{\n");
@@ -128,14 +129,13 @@ TOOL_FN int run_train(mil_context *ctx, const arguments *a)
     text_add(&config, "\"seed\": %llu,\n\"val\": %.17g,\n\"test\": %.17g,\n\"repeat\": %lld,\n", (unsigned long long)r.seed, val, test, (long long)repeat);
     text_add(&config, "\"fold_count\": %lld,\n\"bags\": %lld,\n\"dim\": %lld,\n\"data_hash\": \"%016llx\"\n}\n", s.folds ? (long long)s.count : 0LL,
              (long long)d.count, (long long)d.dim, (unsigned long long)data_hash(&d));
+    recipe_check(ctx, &r, &d);
     make_folder(folder);
     remove_leftovers(folder);
     char *config_path = path_join(folder, "config.json"), *splits_path = path_join(folder, "splits.csv");
     if (argument_given(a, "overwrite")) remove_run(folder);
     if (path_exists(folder, "config.json")) config_compare(ctx, config_path, folder, &config);
     else if (argument_given(a, "resume")) tool_fail("%s: no run to go on with", folder);
-    // A model or option that does not exist is found before anything is written.
-    mil_model_free(model_for(ctx, r.model, r.set, d.dim, d.class_count));
     splits_write(ctx, splits_path, &s, &d);
     file_write(ctx, config_path, &config);
 
@@ -167,7 +167,7 @@ TOOL_FN int run_train(mil_context *ctx, const arguments *a)
         text_put(&metrics, ",", 1);
         if (!tests) puts("\nno test bags: these are the validation bags, which chose the epoch, so the figures are too good");
         report(ctx, &all, &d, part, tests ? s.folds ? "bags, each tested by the fold that did not see it" : "test bags" : "validation bags",
-               argument_int(a, "bootstrap", 2, 1000000), r.seed, &metrics);
+               bootstrap, r.seed, &metrics);
     } else puts("\nno test and no validation bags: nothing to measure");
     text_add(&metrics, "}\n");
     path = path_join(folder, "metrics.json");
@@ -192,13 +192,14 @@ TOOL_FN int run_train(mil_context *ctx, const arguments *a)
 TOOL_FN mil_model *weights_open(mil_context *ctx, const char *path, const char *name, const char *set)
 {
     mil_model *model = NULL;
+    if (!name && set[0]) tool_usage("option --set %s: it needs --model NAME; weights without it say themselves what they are", set);
     if (!name) {
         model = mil_open(ctx, path);
         if (!model) tool_fail("%s%s", mil_error(ctx), mil_error_status(ctx) == MIL_ERROR_IO ? "" : " (--model NAME --set k=v says what it is)");
         return model;
     }
     model = mil_create(ctx, name, set);
-    if (!model) tool_fail("%s", mil_error(ctx));
+    if (!model) tool_option_fault(ctx);
     tool_check(ctx, mil_load(model, path));
     return model;
 }
@@ -211,7 +212,7 @@ TOOL_FN char **operand_bags(const arguments *a, int64_t *count)              // 
         int64_t n = 1;
         char **names = is_folder(a->operand[i]) ? list_bags(a->operand[i], &n) : NULL;
         paths = (char **)tool_grow(paths, (size_t)(*count + n), sizeof *paths);
-        if (names && n == 0) tool_fail("%s: no .safetensors or .npy files in it", a->operand[i]);
+        if (n == 0) tool_fail("%s: no .safetensors or .npy files in it", a->operand[i]);
         for (int64_t k = 0; k < n; k++) {
             paths[(*count)++] = names ? path_join(a->operand[i], names[k]) : tool_string(a->operand[i]);
             if (names) free(names[k]);
@@ -220,6 +221,26 @@ TOOL_FN char **operand_bags(const arguments *a, int64_t *count)              // 
     }
     if (*count == 0) tool_usage("%s: a FILE is needed (mil %s --help)", a->command->name, a->command->name);
     return paths;
+}
+
+// Results in a folder are named after the bags: two of one name would overwrite each other.
+TOOL_FN void stems_check(char *const *paths, int64_t count, const char *folder)
+{
+    char **stems = TOOL_NEW(char *, count);
+    for (int64_t i = 0; i < count; i++) stems[i] = path_stem(paths[i]);
+    if (count) qsort(stems, (size_t)count, sizeof *stems, compare_names);
+    for (int64_t i = 1; i < count; i++) {
+        if (strcmp(stems[i], stems[i - 1]) != 0) continue;
+        char *first = NULL, *second = NULL;
+        for (int64_t k = 0; k < count && !second; k++) {
+            char *stem = path_stem(paths[k]);
+            if (strcmp(stem, stems[i]) == 0) *(first ? &second : &first) = paths[k];
+            free(stem);
+        }
+        tool_fail("%s and %s would both be '%s' in %s", first, second, stems[i], folder);
+    }
+    for (int64_t i = 0; i < count; i++) free(stems[i]);
+    free(stems);
 }
 
 TOOL_FN open_bag bag_for(mil_context *ctx, const char *path, const char *features, const mil_model *model, const described *about)
@@ -246,6 +267,7 @@ TOOL_FN int run_eval(mil_context *ctx, const arguments *a)
     data_set d;
     text out = { NULL, 0, 0 };
     if (a->operands) tool_usage("eval: '%s' is no option (mil eval --help)", a->operand[0]);
+    const int64_t bootstrap = argument_int(a, "bootstrap", 2, 1000000), seed = argument_int(a, "seed", 0, INT64_MAX);
     if (!is_folder(run)) tool_fail("%s: no such run", run);
     json *config = json_open(ctx, path);
     if (strcmp(json_text(config, "format", ""), "mil-run/1") != 0) tool_fail("%s: not the config of a run", path);
@@ -261,7 +283,7 @@ TOOL_FN int run_eval(mil_context *ctx, const arguments *a)
     for (int64_t k = 0; k < (folds ? folds : 1); k++) {
         char *leaf = folds ? tool_format("fold_%lld/best.safetensors", (long long)k) : tool_string("best.safetensors"), *fold = tool_format("%lld", (long long)k);
         char *weights = path_join(run, leaf);
-        mil_model *model = weights_open(ctx, weights, NULL, NULL);
+        mil_model *model = weights_open(ctx, weights, NULL, "");
         described about = model_described(model, weights);
         if (k == 0) {
             const data_columns columns = argument_columns(a);
@@ -311,7 +333,7 @@ TOOL_FN int run_eval(mil_context *ctx, const arguments *a)
     if (seen) tool_warn("%lld of the bags were trained on: the figures are too good", (long long)seen);
     if (all.count == 0) tool_fail("%s: no bag of it is a %s bag of %s; --split all takes every one", data_path, wanted, run);
     text_add(&out, "{\"part\":\"%s\",", wanted);
-    report(ctx, &all, &d, NULL, "bags", argument_int(a, "bootstrap", 2, 1000000), (uint64_t)argument_int(a, "seed", 0, INT64_MAX), &out);
+    report(ctx, &all, &d, NULL, "bags", bootstrap, (uint64_t)seed, &out);
     text_add(&out, "}\n");
     if (argument(a, "json")) file_write(ctx, argument(a, "json"), &out);
     if (argument(a, "predictions")) predictions_write(ctx, argument(a, "predictions"), &all, &d);
@@ -343,10 +365,11 @@ TOOL_FN int run_score(mil_context *ctx, const arguments *a)
     options.results = 0;
     mil_scorer *scorer = attention ? instance_scorer(model) : mil_scorer_create(model, &options);
     if (!scorer) tool_fail("%s", mil_error(ctx));
+    if (attention) stems_check(paths, count, attention);
     if (attention) make_folder(attention);
     text line = { NULL, 0, 0 };
-    if (out_path) tool_check(ctx, mil_writer_create(ctx, out_path, &tool_open_writer));
-    mil_writer *writer = tool_open_writer;
+    if (out_path) tool_check(ctx, mil_writer_create(ctx, out_path, &tool_outer_writer));
+    mil_writer *writer = tool_outer_writer;
     if (!json_lines) {
         text_add(&line, "bag,instances,predicted");
         for (int64_t c = 0; c < about.class_count; c++) {
@@ -359,6 +382,7 @@ TOOL_FN int run_score(mil_context *ctx, const arguments *a)
         text_put(&line, "\n", 1);
     }
     for (int64_t i = 0; i < count; i++) {
+        tool_stop_if_asked();
         open_bag b = bag_for(ctx, paths[i], argument(a, "features"), model, &about);
         char *stem = path_stem(paths[i]);
         double *logits = NULL;
@@ -368,9 +392,7 @@ TOOL_FN int run_score(mil_context *ctx, const arguments *a)
             instance_scores s = score_instances(ctx, scorer, &b, C, paths[i]);
             char *leaf = tool_format("%s.csv", stem), *path = path_join(attention, leaf);
             if (!s.score && !s.weight && !s.contribution) tool_fail("%s: %s gives no attention", weights, mil_model_name(model));
-            tool_open_writer = NULL;                       // the table of instances has a writer of its own
             instances_write(ctx, path, &b, &s, about.classes, about.class_count);
-            tool_open_writer = writer;
             logits = TOOL_NEW(double, C);
             memcpy(logits, s.logits, (size_t)C * sizeof *logits);
             instance_scores_free(&s);
@@ -425,7 +447,7 @@ TOOL_FN int run_score(mil_context *ctx, const arguments *a)
     if (writer) {
         tool_check(ctx, mil_writer_commit(writer));
         mil_writer_free(writer);
-        tool_open_writer = NULL;
+        tool_outer_writer = NULL;
     }
     mil_scorer_free(scorer);
     described_free(&about);
@@ -485,7 +507,7 @@ TOOL_FN int run_heatmap(mil_context *ctx, const arguments *a)
     int64_t count, zoom_wanted = argument_int(a, "zoom", 0, 256);
     if (offset) {
         char rest;
-        if (sscanf(offset, "%lf,%lf%c", &dx, &dy, &rest) != 2) tool_usage("heatmap: option --offset %s: X,Y is needed", offset);
+        if (sscanf(offset, "%lf,%lf%c", &dx, &dy, &rest) != 2 || !(fabs(dx) < 1e9) || !(fabs(dy) < 1e9)) tool_usage("heatmap: option --offset %s: X,Y is needed", offset);
     }
     char **paths = operand_bags(a, &count);
     mil_model *model = weights_open(ctx, weights, argument(a, "model"), set);
@@ -505,11 +527,13 @@ TOOL_FN int run_heatmap(mil_context *ctx, const arguments *a)
     mil_scorer *scorer = instance_scorer(model);
     const int to_file = has_ending(out, ".png");
     if (to_file && count > 1) tool_usage("heatmap: --out %s is one picture, and there are %lld bags; name a folder", out, (long long)count);
+    if (!to_file) stems_check(paths, count, out);
     if (!to_file) make_folder(out);
     for (int64_t i = 0; i < count; i++) {
+        tool_stop_if_asked();
         open_bag b = bag_for(ctx, paths[i], argument(a, "features"), model, &about);
         char *stem = path_stem(paths[i]), *leaf = tool_format("%s.png", stem);
-        char *base = to_file ? tool_copy(out, strlen(out) - 4) : path_join(out, stem), *png = tool_format("%s.png", base);
+        char *base = to_file ? tool_copy(out, strlen(out) - 4) : path_join(out, stem), *png = to_file ? tool_string(out) : tool_format("%s.png", base);
         if (b.instances == 0) {
             tool_warn("%s: no instances (a slide without tissue?), so no heatmap", paths[i]);
         } else {
@@ -533,6 +557,9 @@ TOOL_FN int run_heatmap(mil_context *ctx, const arguments *a)
                 zoom = longer < 600 ? 600 / longer : 1;
                 if (zoom > 32) zoom = 32;
             }
+            if ((double)g.columns * (double)zoom > 65535 || (double)g.rows * (double)zoom > 65535 || (double)(g.columns * g.rows) * (double)(zoom * zoom) > 3e8)
+                tool_fail("%s: %lld x %lld steps at %lld pixels each make too large a picture; use a smaller --zoom", paths[i], (long long)g.columns,
+                          (long long)g.rows, (long long)zoom);
             picture image = grid_picture(&g, values, columns, b.instances, zoom, diverging, &low, &high);
             picture_write(ctx, png, &image);
             picture_free(&image);

@@ -139,7 +139,7 @@ TOOL_FN int argument_given(const arguments *a, const char *name)
 TOOL_FN const char *argument_needed(const arguments *a, const char *name)
 {
     const char *s = argument(a, name);
-    if (!s) tool_usage("%s: option --%s is needed (mil %s --help)", a->command->name, name, a->command->name);
+    if (!s || !s[0]) tool_usage("%s: option --%s is needed (mil %s --help)", a->command->name, name, a->command->name);
     return s;
 }
 

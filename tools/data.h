@@ -174,12 +174,14 @@ typedef struct data_set {
     int64_t    *folds, repeats;                            // [repeats, count] or NULL: in which fold a bag is tested
 } data_set;
 
-TOOL_FN int64_t *read_integers(mil_context *ctx, const char *path, int64_t *count)
+// last: length of the last axis, when asked for.
+TOOL_FN int64_t *read_integers(mil_context *ctx, const char *path, int64_t *count, int64_t *last)
 {
     mil_npy *npy;
     tool_check(ctx, mil_npy_open(ctx, path, MIL_FILE_MAP, &npy));
     const mil_tensor *t = mil_npy_tensor(npy);
     *count = mil_tensor_count(t);
+    if (last) *last = t->rank ? t->shape[t->rank - 1] : 1;
     int64_t *x = TOOL_NEW(int64_t, *count);
     for (int64_t i = 0; i < *count; i++) {
         const double v = tensor_value(t, i);
@@ -228,8 +230,9 @@ TOOL_FN int compare_words(const void *a, const void *b)    // numbers by value, 
 {
     const char *x = *(char *const *)a, *y = *(char *const *)b;
     double u, v;
-    const int numbers = parse_real(x, &u) && parse_real(y, &v);
-    return numbers && u != v ? (u < v ? -1 : 1) : strcmp(x, y);
+    const int first = parse_real(x, &u), second = parse_real(y, &v);
+    if (first != second) return first ? -1 : 1;
+    return first && u != v ? (u < v ? -1 : 1) : strcmp(x, y);
 }
 
 // Classes from the words of the labels: sorted, each once. given: the classes of a trained model, in its order, or NULL.
@@ -267,12 +270,14 @@ TOOL_FN void data_classes(data_set *d, const char *where, char *const *given, in
 TOOL_FN void data_open_packed(data_set *d)
 {
     int64_t n, labels_count, total;
-    const char *images = path_exists(d->path, "features.npy") ? NULL : path_exists(d->path, "images.npy") ? "images.npy" : "../images.npy";
+    const char *images = path_exists(d->path, "features.npy") ? NULL : path_exists(d->path, "images.npy") ? "images.npy"
+                       : path_exists(d->path, "../images.npy") ? "../images.npy" : NULL;
     char *path = path_join(d->path, images ? images : "features.npy");
     tool_check(d->ctx, mil_npy_open(d->ctx, path, MIL_FILE_MAP, &d->features));
     const mil_tensor *f = mil_npy_tensor(d->features);
     if (f->rank != 2) tool_fail("%s: %d axes instead of 2 (instances, width)", path, f->rank);
     d->dim = f->shape[1];
+    if (d->dim == 0) tool_fail("%s: features have width 0", path);
     total = f->shape[0];
     d->scale = 1;
     if (images) {
@@ -289,10 +294,10 @@ TOOL_FN void data_open_packed(data_set *d)
     free(path);
 
     path = path_join(d->path, "bag.npy");
-    int64_t *bag = read_integers(d->ctx, path, &n);
+    int64_t *bag = read_integers(d->ctx, path, &n, NULL);
     if (n != total) tool_fail("%s: %lld values for %lld instances", path, (long long)n, (long long)total);
     char *labels_path = path_join(d->path, "labels.npy");
-    int64_t *labels = read_integers(d->ctx, labels_path, &labels_count);
+    int64_t *labels = read_integers(d->ctx, labels_path, &labels_count, NULL);
     d->count = labels_count;
     d->bag = TOOL_NEW(data_entry, labels_count);
     for (int64_t i = 0; i < n; i++) {
@@ -303,6 +308,7 @@ TOOL_FN void data_open_packed(data_set *d)
     for (int64_t i = 0; i < labels_count; i++) {
         data_entry *b = &d->bag[i];
         b->name = tool_format("%lld", (long long)i);
+        if (b->count == 0) tool_warn("%s: bag %lld has no instances", path, (long long)i);
         b->word = labels[i] < 0 ? NULL : tool_format("%lld", (long long)labels[i]);
         b->fold = -1;
     }
@@ -320,8 +326,9 @@ TOOL_FN void data_open_packed(data_set *d)
             free(path);
             continue;
         }
-        int64_t *x = read_integers(d->ctx, path, &n);
+        int64_t last = 0, *x = read_integers(d->ctx, path, &n, &last);
         if (n % (d->count ? d->count : 1) != 0 || (k > 0 && n != d->count)) tool_fail("%s: %lld values for %lld bags", path, (long long)n, (long long)d->count);
+        if (k == 0 && last != d->count) tool_fail("%s: its last axis is %lld, not the %lld bags", path, (long long)last, (long long)d->count);
         if (k == 0) {
             d->folds = x;
             d->repeats = n / (d->count ? d->count : 1);
@@ -342,12 +349,17 @@ typedef struct data_columns { const char *labels, *bag, *label, *split, *group; 
 TOOL_FN int64_t pick_column(const table *t, const char *wanted, const char *usual, int needed, const char *flag)
 {
     const int64_t k = table_column(t, wanted ? wanted : usual);
+    for (int64_t c = k + 1; k >= 0 && c < t->columns; c++)
+        if (strcasecmp(t->row[0][k], t->row[0][c]) == 0) tool_fail("%s: two columns are called '%s'", t->path, t->row[0][c]);
     if (k >= 0 || (!wanted && !needed)) return k;
     text names = { NULL, 0, 0 };
     for (int64_t c = 0; c < t->columns; c++) text_add(&names, "%s'%s'", c ? ", " : "", t->row[0][c]);
     if (wanted) tool_fail("%s: no column '%s'; it has %s", t->path, wanted, names.data);
     tool_fail("%s: no column '%.*s'; it has %s (%s NAME takes another)", t->path, (int)strcspn(usual, "|"), usual, names.data, flag);
 }
+
+// What a message about a bag names: its file, or its number in the packed set.
+TOOL_FN const char *bag_place(const data_set *d, int64_t i) { return d->bag[i].path ? d->bag[i].path : d->path; }
 
 // The file of a bag: the same name, the name with an ending, or the same stem. -1: none; a stem that fits two files stops.
 TOOL_FN int64_t find_file(char *const *files, char *const *stems, int64_t count, const char *name, const char *where)
@@ -372,6 +384,7 @@ TOOL_FN void data_open_table(data_set *d, const data_columns *columns)
     table t = table_open(d->ctx, path);
     const int64_t bag = pick_column(&t, columns->bag, "bag|slide_id|slide|bag_name|filename|file|name|wsi|image|id", 1, "--bag-column");
     const int64_t label = pick_column(&t, columns->label, "label|class|target|diagnosis", 0, "--label-column");
+    if (label < 0) tool_warn("%s: no column 'label', so no bag has a label (--label-column NAME takes another)", path);
     const int64_t split = pick_column(&t, columns->split, "split", 0, "--split-column");
     const int64_t fold = pick_column(&t, NULL, "fold", 0, "");
     const int64_t group = pick_column(&t, columns->group, "patient|patient_id|case_id|case|group", 0, "--group-column");
@@ -382,6 +395,7 @@ TOOL_FN void data_open_table(data_set *d, const data_columns *columns)
     for (int64_t i = 0; i < file_count; i++) stems[i] = path_stem(files[i]);
     d->bag = TOOL_NEW(data_entry, t.rows);
     for (int64_t r = 1; r < t.rows; r++) {
+        tool_stop_if_asked();
         char **row = t.row[r];
         data_entry *b = &d->bag[d->count];
         if (!row[bag][0]) tool_fail("%s: line %lld has no bag", path, (long long)t.line[r]);
@@ -396,6 +410,8 @@ TOOL_FN void data_open_table(data_set *d, const data_columns *columns)
         b->name = tool_string(row[bag]);
         b->path = path_join(folder, files[f]);
         b->word = label >= 0 && row[label][0] ? tool_string(row[label]) : NULL;
+        if (b->word && !text_is_utf8(b->word))
+            tool_fail("%s: line %lld: the label '%s' is not UTF-8; save the table as UTF-8", path, (long long)t.line[r], b->word);
         if (label >= 0 && !b->word) tool_warn("%s: line %lld: bag '%s' has no label", path, (long long)t.line[r], row[bag]);
         b->group = group >= 0 && row[group][0] ? tool_string(row[group]) : NULL;
         b->fold = -1;
@@ -414,6 +430,8 @@ TOOL_FN void data_open_table(data_set *d, const data_columns *columns)
         if (open.instances == 0) {
             tool_warn("%s: no instances (a slide without tissue?)", b->path);
             empty++;
+        } else if (open.dim == 0) {
+            tool_fail("%s: features have width 0", b->path);
         } else if (d->dim == 0) {
             d->dim = open.dim;
         } else if (open.dim != d->dim) {
@@ -497,6 +515,7 @@ TOOL_FN open_bag data_bag(const data_set *d, int64_t i, const scaling *scale)
 {
     const data_entry *e = &d->bag[i];
     open_bag b;
+    tool_stop_if_asked();
     if (e->path) {
         b = bag_open(d->ctx, e->path, d->feature_name);
     } else {

@@ -40,6 +40,14 @@ TOOL_FN int has_option(const mil_architecture *m, const char *name)
     return 0;
 }
 
+// A name or an option from the command line that the library does not take is a fault of usage.
+TOOL_FN TOOL_NORETURN void tool_option_fault(mil_context *ctx)
+{
+    const mil_status status = mil_error_status(ctx);
+    if (status == MIL_ERROR_NO_MEMORY || status == MIL_ERROR_UNSUPPORTED) tool_fail("%s", mil_error(ctx));
+    tool_usage("%s", mil_error(ctx));
+}
+
 // The model for features of width dim and so many classes, under whatever names the reference gives these two.
 TOOL_FN mil_model *model_for(mil_context *ctx, const char *name, const char *set, int64_t dim, int64_t classes)
 {
@@ -47,7 +55,7 @@ TOOL_FN mil_model *model_for(mil_context *ctx, const char *name, const char *set
     static const char *const counts[] = { "num_classes", "n_classes", NULL };
     text options = { NULL, 0, 0 };
     mil_model *model = mil_create(ctx, name, NULL);
-    if (!model) tool_fail("%s", mil_error(ctx));
+    if (!model) tool_option_fault(ctx);
     const mil_architecture *m = mil_model_architecture(model);
     text_put(&options, "", 0);
     for (int k = 0; widths[k]; k++) if (has_option(m, widths[k])) text_add(&options, "%s=%lld ", widths[k], (long long)dim);
@@ -55,7 +63,7 @@ TOOL_FN mil_model *model_for(mil_context *ctx, const char *name, const char *set
     text_add(&options, "%s", set ? set : "");
     mil_model_free(model);
     model = mil_create(ctx, name, options.data);
-    if (!model) tool_fail("%s", mil_error(ctx));
+    if (!model) tool_option_fault(ctx);
     text_free(&options);
     return model;
 }
@@ -174,7 +182,7 @@ TOOL_FN void predict(mil_context *ctx, mil_model *model, const data_set *d, cons
     for (int64_t k = 0; k < count; k++) {
         open_bag b = data_bag(d, which[k], scale);
         if (mil_scorer_score(scorer, &b.bag) != MIL_OK || mil_scorer_read(scorer, MIL_LOGITS, out, C) != MIL_OK)
-            tool_fail("bag '%s': %s", d->bag[which[k]].name, mil_error(ctx));
+            tool_fail("%s: bag '%s': %s", bag_place(d, which[k]), d->bag[which[k]].name, mil_error(ctx));
         for (int64_t c = 0; c < C; c++) logits[k * C + c] = (double)out[c];
         bag_close(&b);
         if (p) progress_add(p, 0, what);
@@ -222,6 +230,8 @@ TOOL_FN void fit_save(fit *f, const mil_trainer *trainer)
     free(last.data); free(state.data);
 }
 
+TOOL_FN int blob_tensor(const mil_tensor *t) { return t && t->rank == 1 && t->dtype == MIL_U8; }
+
 // Takes up the state in the folder; 0 when there is none.
 TOOL_FN int fit_restore(fit *f, mil_trainer *trainer)
 {
@@ -233,7 +243,7 @@ TOOL_FN int fit_restore(fit *f, mil_trainer *trainer)
     const mil_tensor *last = mil_tensors_get(file, "last"), *best = mil_tensors_get(file, "best"), *state = mil_tensors_get(file, "trainer");
     const char *epoch = mil_tensors_meta(file, "epoch"), *best_epoch = mil_tensors_meta(file, "best_epoch");
     const char *best_value = mil_tensors_meta(file, "best_value"), *temperature = mil_tensors_meta(file, "temperature");
-    if (!format || strcmp(format, "mil-state/1") != 0 || !log || !last || !best || !state || !epoch || !parse_int(epoch, &f->epoch) || !best_epoch ||
+    if (!format || strcmp(format, "mil-state/1") != 0 || !log || !blob_tensor(last) || !blob_tensor(best) || !blob_tensor(state) || !epoch || !parse_int(epoch, &f->epoch) || !best_epoch ||
         !parse_int(best_epoch, &f->best_epoch) || !best_value || !temperature) tool_fail("%s: not the state of a run", path);
     f->best_value = strtod(best_value, NULL);
     f->temperature = strtod(temperature, NULL);
@@ -280,11 +290,43 @@ TOOL_FN void fit_order(const fit *f, int64_t epoch, int64_t *order)
     free(member); free(start); free(next); free(turn);
 }
 
+// A schedule that ends needs the number of steps.
+TOOL_FN text trainer_options(const recipe *r, int64_t train_count)
+{
+    text t = { NULL, 0, 0 };
+    text_add(&t, "%s", r->optim ? r->optim : "");
+    if (strstr(t.data, "schedule=") && !strstr(t.data, "schedule=constant") && !strstr(t.data, " steps=")) {
+        const char *accumulate = strstr(t.data, "accumulate=");
+        const long long every = accumulate ? strtoll(accumulate + 11, NULL, 10) : 1;
+        text_add(&t, " steps=%lld", (long long)(r->epochs * train_count / (every > 0 ? every : 1)));
+    }
+    return t;
+}
+
+// Stops when this recipe cannot be followed on these data: before anything is written.
+TOOL_FN void recipe_check(mil_context *ctx, const recipe *r, const data_set *d)
+{
+    if (d->class_count < 2)
+        tool_fail("%s: at least 2 classes are needed, and all labels are '%s'", d->path, d->class_count ? d->class_name[0] : "");
+    mil_model *model = model_for(ctx, r->model, r->set, d->dim, d->class_count);
+    const int64_t C = mil_model_num_classes(model);
+    if (mil_model_in_dim(model) != d->dim)
+        tool_fail("%s: features have width %lld, %s takes %lld", d->path, (long long)d->dim, mil_model_name(model), (long long)mil_model_in_dim(model));
+    if (C != d->class_count && !(C == 1 && d->class_count == 2))
+        tool_fail("%s: %lld classes, and %s gives %lld logits", d->path, (long long)d->class_count, mil_model_name(model), (long long)C);
+    text options = trainer_options(r, 1000);
+    mil_trainer *trainer = mil_trainer_create(model, options.data);
+    if (!trainer) tool_usage("%s", mil_error(ctx));
+    mil_trainer_free(trainer);
+    mil_model_free(model);
+    text_free(&options);
+}
+
 TOOL_FN void fit_run(fit *f, progress *p)
 {
     const recipe *r = f->recipe;
     const data_set *d = f->data;
-    text options = { NULL, 0, 0 };
+    text options;
     double *logits, *probabilities;
     int64_t *order = TOOL_NEW(int64_t, f->train_count), *labels = TOOL_NEW(int64_t, f->val_count);
     const mil_metric monitor = strcmp(r->monitor, "loss") == 0 ? MIL_METRIC_COUNT : mil_metric_find(r->monitor);
@@ -293,23 +335,13 @@ TOOL_FN void fit_run(fit *f, progress *p)
     if (f->train_count < 1) tool_fail("%s: no bags to train on", d->path);
     f->model = model_for(f->ctx, r->model, r->set, d->dim, d->class_count);
     f->logits = mil_model_num_classes(f->model);
-    if (mil_model_in_dim(f->model) != d->dim)
-        tool_fail("%s: features have width %lld, %s takes %lld", d->path, (long long)d->dim, mil_model_name(f->model), (long long)mil_model_in_dim(f->model));
-    if (d->class_count < 2) tool_fail("%s: %lld classes; at least 2 are needed", d->path, (long long)d->class_count);
-    if (f->logits != d->class_count && !(f->logits == 1 && d->class_count == 2))
-        tool_fail("%s: %lld classes, and %s gives %lld logits", d->path, (long long)d->class_count, mil_model_name(f->model), (long long)f->logits);
     tool_check(f->ctx, mil_model_init(f->model, r->seed));
     if (r->standardize) f->scale = data_scaling(d, f->train, f->train_count);
     logits = TOOL_NEW(double, f->val_count * f->logits);
     probabilities = TOOL_NEW(double, f->val_count * d->class_count);
 
-    text_add(&options, "%s", r->optim ? r->optim : "");
-    if (options.data && strstr(options.data, "schedule=") && !strstr(options.data, "schedule=constant") && !strstr(options.data, " steps=")) {
-        const char *accumulate = strstr(options.data, "accumulate=");
-        const long long every = accumulate ? strtoll(accumulate + 11, NULL, 10) : 1;
-        text_add(&options, " steps=%lld", (long long)(r->epochs * f->train_count / (every > 0 ? every : 1)));
-    }
-    mil_trainer *trainer = mil_trainer_create(f->model, options.data ? options.data : "");
+    options = trainer_options(r, f->train_count);
+    mil_trainer *trainer = mil_trainer_create(f->model, options.data);
     if (!trainer) tool_fail("%s", mil_error(f->ctx));
     mil_trainer_seed(trainer, r->seed);
 
@@ -336,7 +368,7 @@ TOOL_FN void fit_run(fit *f, progress *p)
             mil_target target = f->logits == 1 ? mil_target_value((double)label) : mil_target_class(label);
             double loss = 0;
             target.label_smoothing = f->logits == 1 ? 0 : r->label_smoothing;
-            if (mil_trainer_step(trainer, &b.bag, &target, &loss, NULL) != MIL_OK) tool_fail("bag '%s': %s", d->bag[i].name, mil_error(f->ctx));
+            if (mil_trainer_step(trainer, &b.bag, &target, &loss, NULL) != MIL_OK) tool_fail("%s: bag '%s': %s", bag_place(d, i), d->bag[i].name, mil_error(f->ctx));
             sum += loss;
             bag_close(&b);
             if (p) progress_add(p, 1, what);

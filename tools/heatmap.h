@@ -125,11 +125,14 @@ TOOL_FN double grid_step(const double *x, const double *line, int64_t n)
     return step;
 }
 
-TOOL_FN double bag_meta_number(const open_bag *b, const char *key)
+TOOL_FN double bag_meta_number(const open_bag *b, const char *path, const char *key)
 {
     const char *s = b->file ? mil_tensors_meta(b->file, key) : NULL;
     double x;
-    return s && parse_real(s, &x) && x > 0 ? x : 0;
+    if (!s) return 0;
+    if (parse_real(s, &x) && x > 0 && x <= 1e6) return x;
+    tool_warn("%s: metadata %s is '%s', not a number of pixels", path, key, s);
+    return 0;
 }
 
 // edge, step: the user's, 0: from the file or the coordinates. Says on stderr whatever is not as it should be.
@@ -157,7 +160,7 @@ TOOL_FN grid grid_make(const open_bag *b, const char *path, double edge, double 
     if (g.step_y == 0) g.step_y = g.step_x;
     snprintf(g.step_from, sizeof g.step_from, "%s", step > 0 ? "option --step" : "coordinates");
 
-    const double level0 = bag_meta_number(b, "patch_size_level0"), size = bag_meta_number(b, "patch_size"), down = bag_meta_number(b, "downsample");
+    const double level0 = bag_meta_number(b, path, "patch_size_level0"), size = bag_meta_number(b, path, "patch_size"), down = bag_meta_number(b, path, "downsample");
     if (edge > 0) {
         g.edge = edge;
         snprintf(g.edge_from, sizeof g.edge_from, "option --patch-size");

@@ -33,7 +33,8 @@ static void print_model(mil_context *ctx, const mil_architecture *m, const char 
     char *name = tool_format("%s.%s", m->name, config);
     mil_model *model = mil_create(ctx, name, NULL);
     tool_check(ctx, model ? MIL_OK : mil_error_status(ctx));
-    printf("%s: %s\n", name, m->title);
+    const int at = printf("%s: ", name);
+    print_wrapped(m->title, at, 2, 79);
     print_wrapped(m->citation, 0, 0, 79);
     printf("\n%lld parameters with these options:\n", (long long)mil_model_parameter_count(model));
     for (int k = 0; k < m->option_count; k++) {
@@ -114,6 +115,22 @@ static void print_shape(const mil_tensor *t, const char *dtype, const char *name
     putchar('\n');
 }
 
+// A name of a foreign file, whose control characters must not reach the terminal.
+static char *printable(const char *s)
+{
+    char *t = tool_string(s);
+    text_printable(t);
+    return t;
+}
+
+// Element types of safetensors that the library does not read. Others are no types of the format.
+static int foreign_dtype(const char *name)
+{
+    static const char *const names[] = { "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64", "F4", "F6_E2M3", "F6_E3M2" };
+    for (size_t k = 0; k < sizeof names / sizeof *names; k++) if (strcmp(name, names[k]) == 0) return 1;
+    return 0;
+}
+
 static int run_info(mil_context *ctx, const arguments *a)
 {
     const int values = argument_given(a, "values");
@@ -139,17 +156,27 @@ static int run_info(mil_context *ctx, const arguments *a)
             const mil_tensor *t = mil_tensors_at(file, k);
             bytes += mil_tensors_bytes(file, k);
             numbers += mil_tensor_count(t) > 0 ? (uint64_t)mil_tensor_count(t) : 0;
-            print_shape(t, mil_tensors_dtype(file, k), mil_tensors_name(file, k), values);
+            char *name = printable(mil_tensors_name(file, k)), *dtype = printable(mil_tensors_dtype(file, k));
+            print_shape(t, dtype, name, values);
+            free(name);
+            free(dtype);
         }
         printf("%lld tensors, %llu numbers, %llu bytes\n", (long long)mil_tensors_count(file), (unsigned long long)numbers, (unsigned long long)bytes);
         for (int64_t k = 0; k < mil_tensors_meta_count(file); k++) {
             text line = { NULL, 0, 0 };                    // control characters of a foreign file stay out of the terminal
             const char *value = mil_tensors_meta_value(file, k);
             text_json(&line, value);
-            printf("%s = ", mil_tensors_meta_key(file, k));
+            char *key = printable(mil_tensors_meta_key(file, k));
+            printf("%s = ", key);
+            free(key);
             if (!argument_given(a, "all") && line.size > 200) printf("%.200s... (%zu bytes, --all shows them)\n", line.data, strlen(value));
             else printf("%s\n", line.data);
             text_free(&line);
+        }
+        for (int64_t k = 0; k < mil_tensors_count(file); k++) {
+            const char *dtype = mil_tensors_dtype(file, k);
+            if (mil_tensors_at(file, k)->dtype == MIL_DTYPE_COUNT && !foreign_dtype(dtype))
+                tool_fail("%s: tensor '%s': '%s' is no dtype of safetensors", path, mil_tensors_name(file, k), dtype);
         }
         mil_tensors_free(file);
     }
@@ -172,6 +199,7 @@ static int run_check(mil_context *ctx, const arguments *a)
         }
         int64_t n;
         char **names = list_bags(a->operand[i], &n);
+        if (n == 0) tool_fail("%s: no cases in it", a->operand[i]);
         files = (char **)tool_grow(files, (size_t)(count + n), sizeof *files);
         for (int64_t k = 0; k < n; k++) {
             files[count++] = path_join(a->operand[i], names[k]);
@@ -232,7 +260,7 @@ static const option train_options[] = {
     { "lr", "X", "1e-4", "learning rate" },
     { "weight-decay", "X", "1e-5", "weight decay" },
     { "schedule", "NAME", "cosine", "constant, step, cosine" },
-    { "optim", "K=V", NULL, "another option of the optimizer (accumulate, warmup, clip, ema, ...); may be repeated" },
+    { "optim", "K=V", NULL, "another option of the optimizer (accumulate, warmup, clip_norm, ema, ...); may be repeated" },
     { "sampling", "HOW", "shuffle", "shuffle, or balanced: every class is drawn as often" },
     { "standardize", NULL, NULL, "features to mean 0 and deviation 1, as on the training bags" },
     { "label-smoothing", "X", "0", "share of the target given to the other classes" },
@@ -333,6 +361,10 @@ int main(int argc, char **argv)
     const char *best = NULL;
     int distance = 1000;
     for (; c->name && strcmp(c->name, argv[1]) != 0; c++) name_nearer(argv[1], c->name, &best, &distance);
+    if (argv[1][0] == '-') {
+        name_nearer(argv[1], "--help", &best, &distance);
+        name_nearer(argv[1], "--version", &best, &distance);
+    }
     if (!c->name) tool_usage("no command '%s'; did you mean '%s'? (mil --help)", argv[1], best);
     arguments a = arguments_parse(c, argc - 2, argv + 2);
     mil_context_options options = mil_context_options_default();
@@ -340,6 +372,7 @@ int main(int argc, char **argv)
     options.threads = (int)argument_int(&a, "threads", 0, 1024);
     const mil_status status = mil_context_create(&ctx, &options);
     if (status != MIL_OK) tool_fail("%s", mil_status_text(status));
+    if (c->run != run_models && c->run != run_info && c->run != run_check) tool_catch_signals();       // these write files
     const int result = c->run(ctx, &a);
     arguments_free(&a);
     mil_context_free(ctx);

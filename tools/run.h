@@ -44,6 +44,27 @@ TOOL_FN void split_take(const data_set *d, split *s, double share, uint64_t seed
     free(part);
 }
 
+TOOL_FN int compare_integers(const void *a, const void *b)
+{
+    const int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+// Folds as people number them (from 1, with gaps) become 0, 1, ...; returns how many there are.
+TOOL_FN int64_t splits_number(int64_t *part, int64_t n, const char *where)
+{
+    int64_t *sorted = TOOL_NEW(int64_t, n), K = 0;
+    memcpy(sorted, part, (size_t)n * sizeof *sorted);
+    qsort(sorted, (size_t)n, sizeof *sorted, compare_integers);
+    for (int64_t k = 0; k < n; k++) if (k == 0 || sorted[k] != sorted[K - 1]) sorted[K++] = sorted[k];
+    for (int64_t k = 0; k < n; k++) part[k] = (const int64_t *)bsearch(&part[k], sorted, (size_t)K, sizeof *sorted, compare_integers) - sorted;
+    if (sorted[K - 1] != K - 1)
+        tool_warn("%s: its %lld folds are numbered %lld to %lld; here they are 0 to %lld, in that order", where, (long long)K, (long long)sorted[0],
+                  (long long)sorted[K - 1], (long long)K - 1);
+    free(sorted);
+    return K;
+}
+
 // folds: "K", "data", or NULL for one split by the data's own `split` column (else by the shares).
 TOOL_FN splits splits_make(const data_set *d, const char *folds, int64_t repeat, double val_share, double test_share, uint64_t seed)
 {
@@ -56,12 +77,18 @@ TOOL_FN splits splits_make(const data_set *d, const char *folds, int64_t repeat,
         if (repeat >= d->repeats) tool_fail("%s: repeat %lld, it has %lld", d->path, (long long)repeat, (long long)d->repeats);
         for (int64_t k = 0; k < n; k++) {
             part[k] = d->folds[repeat * d->count + usable[k]];
-            if (part[k] >= K) K = part[k] + 1;
+            if (part[k] < 0) tool_fail("%s: bag '%s' has fold %lld; folds are numbers 0, 1, ...", d->path, d->bag[usable[k]].name, (long long)part[k]);
         }
+        K = splits_number(part, n, d->path);
         if (K < 2) tool_fail("%s: one fold only", d->path);
     } else if (folds) {
         if (!parse_int(folds, &K) || K < 2 || K > n) tool_usage("train: option --folds %s: a number from 2 to %lld, or `data`", folds, (long long)n);
         data_deal(d, usable, n, K, seed, part);
+    }
+    for (int64_t f = 0; f < K; f++) {
+        int64_t k = 0;
+        while (k < n && part[k] != f) k++;
+        if (k == n) tool_fail("%s: fold %lld of %lld has no bag to test: there are fewer patients than folds", d->path, (long long)f, (long long)K);
     }
     s.folds = folds != NULL;
     s.count = K ? K : 1;
@@ -73,14 +100,19 @@ TOOL_FN splits splits_make(const data_set *d, const char *folds, int64_t repeat,
         for (int64_t k = 0; k < n; k++) named |= d->bag[usable[k]].split != NULL;
         for (int64_t k = 0; k < n; k++) {
             const char *word = !s.folds && named ? d->bag[usable[k]].split : NULL;
-            if (!s.folds && named && !word) continue;      // a bag without a split where others have one is left out
+            if (!s.folds && named && !word) {
+                tool_warn("%s: bag '%s' has no split where others have one, and is left out", d->path, d->bag[usable[k]].name);
+                continue;
+            }
             if (s.folds ? part[k] == f : word && strcmp(word, "test") == 0) p->test[p->test_count++] = usable[k];
             else if (word && strcmp(word, "val") == 0) p->val[p->val_count++] = usable[k], val = 1;
             else p->train[p->train_count++] = usable[k];
         }
         if (!s.folds && !named) split_take(d, p, test_share, seed + 17, p->test, &p->test_count);
         if (!val) split_take(d, p, val_share, seed + 31 + (uint64_t)f, p->val, &p->val_count);
-        if (!p->train_count) tool_fail("%s: fold %lld has no training bags", d->path, (long long)f);
+        if (!p->train_count)
+            tool_fail("%s: fold %lld has no bags left to train on: %lld are for testing, %lld for validation", d->path, (long long)f,
+                      (long long)p->test_count, (long long)p->val_count);
     }
     free(usable);
     free(part);

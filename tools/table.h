@@ -75,8 +75,15 @@ TOOL_FN table table_open(mil_context *ctx, const char *path)
         tool_fail("%s: the text is UTF-16; save it as UTF-8", path);
     if (size >= 3 && memcmp(p, "\xef\xbb\xbf", 3) == 0) p += 3;
     if (memchr(p, 0, (size_t)(end - p))) tool_fail("%s: not a text: it has a zero byte", path);
-    t.separator = table_separator(p, end);
-    for (int64_t line = 1; p < end; line++) {
+    int64_t first = 1;
+    for (; p < end && (*p == '\n' || *p == '\r'); first++) p += *p == '\r' && p + 1 < end && p[1] == '\n' ? 2 : 1;
+    if (end - p >= 5 && strncasecmp(p, "sep=", 4) == 0 && (end - p == 5 || p[5] == '\n' || p[5] == '\r')) {        // as Excel writes it
+        t.separator = p[4];
+        p += 5;
+    } else {
+        t.separator = table_separator(p, end);
+    }
+    for (int64_t line = first; p < end; line++) {
         char **fields = NULL;
         int64_t count = 0, start = line;
         if (*p == '\n' || *p == '\r') {                    // an empty line

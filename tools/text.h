@@ -5,6 +5,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,41 +21,107 @@
 #define TOOL_NORETURN
 #endif
 
-static mil_writer *tool_open_writer;                       // what a fault must not leave behind: a file half written
+// What a fault must not leave behind: files half written. The second is one that stays open while others are written.
+static mil_writer *tool_open_writer, *tool_outer_writer;
+
+// Bytes of the UTF-8 character at s, 0 when there is none: too long, a surrogate, cut.
+TOOL_FN int utf8_length(const char *s)
+{
+    const unsigned char *p = (const unsigned char *)s;
+    const int length = *p < 0x80 ? 1 : (*p & 0xe0) == 0xc0 && *p > 0xc1 ? 2 : (*p & 0xf0) == 0xe0 ? 3 : (*p & 0xf8) == 0xf0 && *p < 0xf5 ? 4 : 0;
+    for (int k = 1; k < length; k++) if ((p[k] & 0xc0) != 0x80) return 0;
+    if (length == 3 && ((*p == 0xe0 && p[1] < 0xa0) || (*p == 0xed && p[1] > 0x9f))) return 0;
+    if (length == 4 && ((*p == 0xf0 && p[1] < 0x90) || (*p == 0xf4 && p[1] > 0x8f))) return 0;
+    return length;
+}
+
+// For the terminal: control characters and what is no UTF-8 become '?'.
+TOOL_FN void text_printable(char *s)
+{
+    for (int n; *s; s += n) {
+        n = utf8_length(s);
+        if (n == 0 || (unsigned char)*s < 0x20 || *s == 0x7f) { *s = '?'; n = 1; }
+    }
+}
+
+// One line, whatever is in the names that it quotes: control characters become '?'.
+TOOL_FN void tool_message(const char *head, const char *format, va_list list)
+{
+    va_list again;
+    va_copy(again, list);
+    const int need = vsnprintf(NULL, 0, format, list);
+    char *line = need < 0 ? NULL : (char *)malloc((size_t)need + 1);
+    fflush(stdout);
+    fputs(head, stderr);
+    if (line) {
+        vsnprintf(line, (size_t)need + 1, format, again);
+        text_printable(line);
+        fputs(line, stderr);
+    } else {
+        fputs(format, stderr);
+    }
+    va_end(again);
+    fputc('\n', stderr);
+    free(line);
+}
 
 TOOL_FN TOOL_NORETURN MIL_PRINTF(1, 2) void tool_fail(const char *format, ...)
 {
     va_list list;
-    fflush(stdout);
-    fputs("mil: ", stderr);
     va_start(list, format);
-    vfprintf(stderr, format, list);
+    tool_message("mil: ", format, list);
     va_end(list);
-    fputc('\n', stderr);
     mil_writer_free(tool_open_writer);
+    mil_writer_free(tool_outer_writer);
     exit(1);
 }
 
 TOOL_FN TOOL_NORETURN MIL_PRINTF(1, 2) void tool_usage(const char *format, ...)
 {
     va_list list;
-    fputs("mil: ", stderr);
     va_start(list, format);
-    vfprintf(stderr, format, list);
+    tool_message("mil: ", format, list);
     va_end(list);
-    fputc('\n', stderr);
     exit(2);
 }
 
 TOOL_FN MIL_PRINTF(1, 2) void tool_warn(const char *format, ...)
 {
     va_list list;
-    fflush(stdout);
-    fputs("mil: warning: ", stderr);
     va_start(list, format);
-    vfprintf(stderr, format, list);
+    tool_message("mil: warning: ", format, list);
     va_end(list);
-    fputc('\n', stderr);
+}
+
+// Ctrl-C and kill: loops ask between two bags whether to stop, so that no file is left half written.
+static volatile sig_atomic_t tool_signal;
+
+TOOL_FN void tool_catch(int number) { tool_signal = number; }
+
+TOOL_FN void tool_catch_signals(void)
+{
+    static const int numbers[] = { SIGINT, SIGTERM, SIGHUP };
+    for (int k = 0; k < 3; k++) {
+        struct sigaction a;
+        memset(&a, 0, sizeof a);
+        a.sa_handler = tool_catch;
+        a.sa_flags = SA_RESTART | (int)SA_RESETHAND;       // a second one stops at once
+        struct sigaction before;
+        if (sigaction(numbers[k], NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(numbers[k], &a, NULL);
+    }
+}
+
+TOOL_FN void tool_stop_if_asked(void)
+{
+    if (!tool_signal) return;
+    const int number = tool_signal;
+    mil_writer_free(tool_open_writer);
+    mil_writer_free(tool_outer_writer);
+    fflush(stdout);
+    fprintf(stderr, "mil: stopped by signal %d\n", number);
+    signal(number, SIG_DFL);                               // the shell sees what it was
+    raise(number);
+    exit(128 + number);
 }
 
 // Stops with the library's own sentence unless all went well.
@@ -143,16 +210,19 @@ TOOL_FN MIL_PRINTF(1, 2) char *tool_format(const char *format, ...)
     return p;
 }
 
+TOOL_FN int text_is_utf8(const char *s)
+{
+    for (int n; *s; s += n) if ((n = utf8_length(s)) == 0) return 0;
+    return 1;
+}
+
 // A string literal of JSON, quotes included. Bytes that are not UTF-8 become '?': the output is always valid.
 TOOL_FN void text_json(text *t, const char *s)
 {
     text_put(t, "\"", 1);
     for (const unsigned char *p = (const unsigned char *)s; *p;) {
-        const int length = *p < 0x80 ? 1 : (*p & 0xe0) == 0xc0 && *p > 0xc1 ? 2 : (*p & 0xf0) == 0xe0 ? 3
-                         : (*p & 0xf8) == 0xf0 && *p < 0xf5 ? 4 : 0;
-        int valid = length > 0;
-        for (int k = 1; k < length; k++) if ((p[k] & 0xc0) != 0x80) { valid = 0; break; }
-        if (!valid) { text_put(t, "?", 1); p++; continue; }
+        const int length = utf8_length((const char *)p);
+        if (!length) { text_put(t, "?", 1); p++; continue; }
         if (*p == '"' || *p == '\\') text_add(t, "\\%c", *p);
         else if (*p < 0x20) text_add(t, "\\u%04x", *p);
         else text_put(t, (const char *)p, (size_t)length);
