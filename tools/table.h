@@ -77,7 +77,7 @@ TOOL_FN table table_open(mil_context *ctx, const char *path)
     if (memchr(p, 0, (size_t)(end - p))) tool_fail("%s: not a text: it has a zero byte", path);
     int64_t first = 1;
     for (; p < end && (*p == '\n' || *p == '\r'); first++) p += *p == '\r' && p + 1 < end && p[1] == '\n' ? 2 : 1;
-    if (end - p >= 5 && strncasecmp(p, "sep=", 4) == 0 && (end - p == 5 || p[5] == '\n' || p[5] == '\r')) {        // as Excel writes it
+    if (end - p >= 5 && strncasecmp(p, "sep=", 4) == 0 && strchr(",;\t|", p[4]) && (end - p == 5 || p[5] == '\n' || p[5] == '\r')) {        // as Excel writes it
         t.separator = p[4];
         p += 5;
     } else {

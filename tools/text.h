@@ -50,7 +50,7 @@ TOOL_FN void tool_message(const char *head, const char *format, va_list list)
     va_list again;
     va_copy(again, list);
     const int need = vsnprintf(NULL, 0, format, list);
-    char *line = need < 0 ? NULL : (char *)malloc((size_t)need + 1);
+    char *line = need < 0 ? NULL : (char *)calloc((size_t)need + 1, 1);
     fflush(stdout);
     fputs(head, stderr);
     if (line) {
