@@ -176,8 +176,8 @@ $(eval $(call test_rules,_double,$(DOUBLE),$(B)/mil_double.o))
 endif
 
 ifneq ($(REPLAYS),)
-$(patsubst %,$(B)/%,$(REPLAYS)): $(B)/%: tests/%.c tests/fuzz_replay.c $(B)/mil_float.o | $(B)
-	$(CC) $(MIL_CFLAGS) $(MIL_TEST_OPT) $(CFLAGS) $(LDFLAGS) -o $@ $^ $(MIL_LIBS)
+$(patsubst %,$(B)/%,$(REPLAYS)): $(B)/%: tests/%.c tests/fuzz_replay.c tests/fuzz.h tests/fuzz_tool.h $(wildcard tools/*.h) $(B)/mil_float.o | $(B)
+	$(CC) $(MIL_CFLAGS) $(MIL_TEST_OPT) $(CFLAGS) $(LDFLAGS) -o $@ $(filter %.c %.o,$^) $(MIL_LIBS)
 endif
 
 # The tool and the examples define MIL_IMPLEMENTATION themselves, as a user's program does. Here that line is taken out
@@ -256,7 +256,7 @@ build/fuzz/mil.o: tests/mil_impl.c mil.h
 	@mkdir -p build/fuzz
 	$(FUZZ) -fsanitize=fuzzer-no-link -c -o $@ $<
 
-$(patsubst %,build/fuzz/%,$(REPLAYS)): build/fuzz/%: tests/%.c tests/fuzz.h tests/fuzz_tool.h build/fuzz/mil.o
+$(patsubst %,build/fuzz/%,$(REPLAYS)): build/fuzz/%: tests/%.c tests/fuzz.h tests/fuzz_tool.h $(wildcard tools/*.h) build/fuzz/mil.o
 	$(FUZZ) -fsanitize=fuzzer -o $@ $< build/fuzz/mil.o $(MIL_LIBS)
 endif
 
