@@ -232,7 +232,7 @@ ok 'are said' has out.txt 'its 3 folds are numbered 1 to 7; here they are 0 to 2
 ok 'and are three' sh -c 'test -d gaps/fold_2 && test ! -e gaps/fold_3'
 printf 'bag,label,patient\nslide 1,x,p\nslide 2,y,q\nslide 3,x,p\nslide 4,y,q\n' > few.csv
 fails 'more folds than patients' 1 'fewer patients' "$mil" train --data odd --labels few.csv --folds 3 --model abmil --out bad_run
-bad_labels 'a separator that cannot be one' "no column 'bag'" 'sep=\n\nbag,label\nslide 1,x\n'
+bad_labels 'a separator that cannot be one' 'line 3 has 2 fields' 'sep=\n\nbag,label\nslide 1,x\n'
 bad_labels 'two columns of one name' "two columns are called 'label'" 'bag,label,label\nslide 1,x,y\n'
 bad_labels 'a label in Latin-1' 'bad.csv: line 2: .*UTF-8' 'bag,label\nslide 1,caf\351\nslide 2,y\n'
 bad_labels 'a single bag' "all labels are 'x'" 'bag,label\nslide 1,x\n'
