@@ -162,6 +162,10 @@ mkdir -p fresh && cp data/slide_00[0-5].safetensors fresh && for i in 0 1 2 3 4 
 ok 'new bags are scored by all folds' sh -c "'$mil' eval --data fresh --run cv --bootstrap 50 --predictions fresh.csv > out2.txt && test \$(grep -c ',new,' fresh.csv) = 6"
 sed 's/normal/strange/' fresh/labels.csv > strange.csv
 fails 'a class that the model lacks' 1 'strange' "$mil" eval --data fresh --run cv --labels strange.csv
+cp -R run hurt && printf 'bag,fold,split\nslide_000,0,banana\n' > hurt/splits.csv
+fails 'the splits of a run, damaged' 1 "splits.csv: line 2: split 'banana'" "$mil" eval --data data --run hurt
+head -c 3000 run/state.safetensors > hurt/state.safetensors && cp run/splits.csv hurt
+fails 'the state of a run, damaged' 1 'hurt/state.safetensors' "$mil" train $small --out hurt --epochs 6 --test 0.25
 fails 'a run that is none' 1 'nothing' "$mil" eval --data data --run nothing
 
 # ---- score

@@ -195,7 +195,7 @@ TOOL_FN mil_model *weights_open(mil_context *ctx, const char *path, const char *
     if (!name && set[0]) tool_usage("option --set %s: it needs --model NAME; weights without it say themselves what they are", set);
     if (!name) {
         model = mil_open(ctx, path);
-        if (!model) tool_fail("%s%s", mil_error(ctx), mil_error_status(ctx) == MIL_ERROR_IO ? "" : " (--model NAME --set k=v says what it is)");
+        if (!model) tool_fail("%s%s", mil_error(ctx), strstr(mil_error(ctx), "which model") == NULL ? "" : " (--model NAME --set k=v says what it is)");
         return model;
     }
     model = mil_create(ctx, name, set);
@@ -271,11 +271,16 @@ TOOL_FN int run_eval(mil_context *ctx, const arguments *a)
     if (!is_folder(run)) tool_fail("%s: no such run", run);
     json *config = json_open(ctx, path);
     if (strcmp(json_text(config, "format", ""), "mil-run/1") != 0) tool_fail("%s: not the config of a run", path);
-    const int64_t folds = (int64_t)json_number(config, "fold_count", 0);
+    const double fold_count = json_number(config, "fold_count", 0);
+    if (!(fold_count >= 0 && fold_count <= 1e6)) tool_fail("%s: fold_count is %g", path, fold_count);
+    const int64_t folds = (int64_t)fold_count;
     free(path);
     path = path_join(run, "splits.csv");
     table t = table_open(ctx, path);
     if (t.columns < 3) tool_fail("%s: not the splits of a run", path);
+    for (int64_t r = 1; r < t.rows; r++)
+        if (strcmp(t.row[r][2], "train") != 0 && strcmp(t.row[r][2], "val") != 0 && strcmp(t.row[r][2], "test") != 0)
+            tool_fail("%s: line %lld: split '%s' is none of train, val, test", path, (long long)t.line[r], t.row[r][2]);
     free(path);
     memset(&d, 0, sizeof d);
     double *sum = NULL;

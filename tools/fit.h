@@ -245,8 +245,10 @@ TOOL_FN int fit_restore(fit *f, mil_trainer *trainer)
     const char *best_value = mil_tensors_meta(file, "best_value"), *temperature = mil_tensors_meta(file, "temperature");
     if (!format || strcmp(format, "mil-state/1") != 0 || !log || !blob_tensor(last) || !blob_tensor(best) || !blob_tensor(state) || !epoch || !parse_int(epoch, &f->epoch) || !best_epoch ||
         !parse_int(best_epoch, &f->best_epoch) || !best_value || !temperature) tool_fail("%s: not the state of a run", path);
-    f->best_value = strtod(best_value, NULL);
-    f->temperature = strtod(temperature, NULL);
+    f->best_value = -(double)INFINITY;                     // a metric that could not be computed is kept as that
+    if ((strcmp(best_value, "-inf") != 0 && !parse_real(best_value, &f->best_value)) || !parse_real(temperature, &f->temperature) || f->temperature <= 0 ||
+        f->epoch < 0 || f->best_epoch < 0 || f->best_epoch > f->epoch)
+        tool_fail("%s: epoch %s, best epoch %s of value %s, temperature %s are not the state of a run", path, epoch, best_epoch, best_value, temperature);
     text_free(&f->log);
     text_put(&f->log, log, strlen(log));
     f->best.size = (size_t)best->shape[0];
