@@ -1,6 +1,6 @@
 // Speed and memory of mil.h beside its peers: one table from one run.
 //
-//   build/release/bench [SECTION...]      gemm score memory train stream cold files models; none: all
+//   build/release/bench [SECTION...]      gemm score bf16 memory train stream cold files models; none: all
 //     PYTHON=...       the interpreter that has the peers (default python3); what it lacks is reported as not installed
 //     BENCH_QUICK=1    fewer repetitions, no bags over 10,000 patches
 //     BENCH_THREADS=n  the most threads, default 2
@@ -248,6 +248,7 @@ static int64_t memory_since(int64_t mark) { return mark < 0 ? 0 : memory_line("V
 
 typedef struct server {
     mil_context *ctx;
+    mil_precision precision;
     int       threads;
     char      model_name[64], weights[512], features[512];
     mil_model *model;
@@ -282,6 +283,7 @@ static void server_drop(server *s)
 static int server_threads(server *s, int threads)
 {
     mil_context_options o = mil_context_options_default();
+    o.precision = s->precision;
     server_drop(s);
     mil_model_free(s->model);
     s->model = NULL;
@@ -451,6 +453,13 @@ static int serve(void)
         if (words == 0) continue;
         if (!strcmp(word[0], "threads") && words == 2) {
             puts(server_threads(&s, atoi(word[1])) ? "ok" : "no context");
+            fflush(stdout);
+            continue;
+        }
+        if (!strcmp(word[0], "precision") && words == 2) { // a new context, as for other threads: load again
+            s.precision = strcmp(word[1], "bf16") ? MIL_PRECISION_FULL : MIL_PRECISION_BF16;
+            if (!server_threads(&s, s.threads)) puts("no context");
+            else puts(mil_context_precision(s.ctx) == s.precision ? "ok" : "no bfloat16 products on this CPU");
             fflush(stdout);
             continue;
         }
@@ -885,6 +894,98 @@ static void section_score(void)
     drop_all();
 }
 
+// The label and the logits of class 0 and 1 of each bag in a table of predictions; their number, at most `room`.
+static int read_predictions(const char *path, int64_t *label, double *logits, int room)
+{
+    static char line[LINE];
+    FILE *f = fopen(path, "r");
+    int count = 0, column[3] = { -1, -1, -1 };
+    for (int row = 0; f && fgets(line, sizeof line, f); row++) {
+        int at = 0;
+        if (row && count == room) break;
+        for (char *word = strtok(line, ",\n"); word; word = strtok(NULL, ",\n"), at++) {
+            if (row == 0) {
+                if (!strcmp(word, "label")) column[0] = at;
+                if (!strcmp(word, "logit_0")) column[1] = at;
+                if (!strcmp(word, "logit_1")) column[2] = at;
+            } else if (at == column[0]) label[count] = !strcmp(word, "tumour");
+            else if (at == column[1]) logits[2 * count] = atof(word);
+            else if (at == column[2]) logits[2 * count + 1] = atof(word);
+        }
+        count += row > 0;
+    }
+    if (f) fclose(f);
+    return column[0] < 0 || column[1] < 0 || column[2] < 0 ? 0 : count;
+}
+
+// What bfloat16 products change on the demo's cohort: its cross-validated nets on the slides that each did not see.
+static void bf16_on_the_cohort(void)
+{
+    enum { MOST = 1024 };
+    static int64_t label[MOST];
+    static double logits[2][2 * MOST];
+    char tool[1300], table[2][600];
+    double auroc[2] = { 0, 0 }, most = 0, sum = 0, size = 0;
+    int count = 0;
+    mil_context *ctx;
+    snprintf(tool, sizeof tool, "%s", here);
+    snprintf(strrchr(tool, '/') ? strrchr(tool, '/') + 1 : tool, 8, "mil");
+    if (mil_context_create(&ctx, NULL) != MIL_OK) die("no context");
+    for (int half = 0; half < 2; half++) {
+        static char words[8][32] = { "eval", "--data", "build/demo/data", "--run", "build/demo/run", "--predictions", "--precision" }, kinds[2][8] = { "full", "bf16" };
+        int status;
+        snprintf(table[half], sizeof table[half], "%s/cohort_%s.csv", folder, kinds[half]);
+        char *argv[] = { tool, words[0], words[1], words[2], words[3], words[4], words[5], table[half], words[6], kinds[half], NULL };
+        waitpid(spawn(argv, -1, -1, 1), &status, 0);
+        count = WIFEXITED(status) && !WEXITSTATUS(status) ? read_predictions(table[half], label, logits[half], MOST) : 0;
+        if (!count) { printf("\nNot run on the demo's cohort: no build/demo (make demo)\n"); break; }
+        double score[MOST];
+        for (int i = 0; i < count; i++) score[i] = logits[half][2 * i + 1] - logits[half][2 * i];
+        if (mil_metric_auroc(ctx, score, label, count, &auroc[half]) != MIL_OK) die("%s", mil_error(ctx));
+        remove(table[half]);
+    }
+    for (int i = 0; i < 2 * count; i++) {
+        const double d = fabs(logits[1][i] - logits[0][i]);
+        if (d > most) most = d;
+        sum += d;
+        size += fabs(logits[0][i]);
+    }
+    if (count)
+        printf("\nOn the demo's %d slides: logits of mean size %.2f move by %.4f on average, %.4f at most; AUROC %.4f in full, %.4f in bf16.\n", count, size / (2 * count),
+               sum / (2 * count), most, auroc[0], auroc[1]);
+    mil_context_free(ctx);
+}
+
+static void section_bf16(void)
+{
+    static char reply[LINE];
+    contender *c = &who[MIL];
+    printf("\n### MIL_PRECISION_BF16: products of bfloat16 summed in float, scoring, abmil.base, N = 10,000\n\n"
+           "| threads | features | full ms | bf16 ms | full / bf16 | largest change of a logit |\n|---|---|---|---|---|---|\n");
+    EVERY_THREADS(t)
+        for (int d = 0; d < 2; d++) {
+            result r[2];
+            memset(r, 0, sizeof r);
+            int ok = 1;
+            for (int round = 0; ok && round < (quick ? 6 : 18); round++) {
+                const int half = round & 1;
+                c->threads = t;
+                ok = ask(c, reply, "threads %d", t) && ask(c, reply, "precision %s", half ? "bf16" : "full") && ask(c, reply, "load %s", c->reason) &&
+                     ask(c, reply, "score abmil 10000 %s 2", d ? "bf16" : "f32");
+                if (ok) read_result(&r[half], reply);
+            }
+            if (!ok) { printf("| %d | | %s |\n", t, reply); break; }
+            double change = 0;
+            for (int i = 0; i < r[0].out_count; i++) if (fabs(r[0].out[i] - r[1].out[i]) > change) change = fabs(r[0].out[i] - r[1].out[i]);
+            printf("| %d | %s | %s | %s | %.2f | %.5f |\n", t, d ? "bf16" : "f32", spread(&r[0].time), spread(&r[1].time), median(&r[0].time) / median(&r[1].time), change);
+            fflush(stdout);
+        }
+    ask(c, reply, "precision full");
+    c->loaded = 0;
+    bf16_on_the_cohort();
+    fflush(stdout);
+}
+
 static void section_memory(void)
 {
     result r[CONTENDERS];
@@ -1257,13 +1358,14 @@ int main(int argc, char **argv)
         free(x);
     }
     unsigned sections = 0;
-    static const char *const names[] = { "gemm", "score", "memory", "train", "stream", "cold", "files", "models" };
-    for (int i = 0; i < 8; i++)
+    static const char *const names[] = { "gemm", "score", "memory", "train", "stream", "cold", "files", "models", "bf16" };
+    for (int i = 0; i < 9; i++)
         for (int a = 1; a < argc; a++) if (!strcmp(argv[a], names[i])) sections |= 1u << i;
-    if (argc < 2) sections = 255;
+    if (argc < 2) sections = 511;
     if (sections & 1) section_gemm();
     use_model("abmil", weights, features);
     if (sections & 2) section_score();
+    if (sections & 256) section_bf16();
     if (sections & 4) section_memory();
     if (sections & 8) section_train();
     if (sections & 16) section_stream();

@@ -223,6 +223,9 @@ static int run_check(mil_context *ctx, const arguments *a)
 #define THREADS \
     { "threads", "N", "0", "threads to use, 0: one per processor; results do not depend on it" }
 
+#define PRECISION \
+    { "precision", "HOW", "full", "full, or bf16: features and weights rounded to bfloat16, about twice as fast on CPUs that multiply it, else full" }
+
 static const option models_options[] = { THREADS, { NULL, NULL, NULL, NULL } };
 static const option info_options[] = {
     { "values", NULL, NULL, "smallest, largest and mean value of each tensor too" },
@@ -279,14 +282,14 @@ static const option eval_options[] = {
     { "predictions", "FILE", NULL, "logits per bag as CSV too" },
     { "bootstrap", "N", "1000", "resamples for the intervals" },
     { "seed", "N", "0", "of the bootstrap" },
-    DATA_OPTIONS, THREADS, { NULL, NULL, NULL, NULL } };
+    DATA_OPTIONS, PRECISION, THREADS, { NULL, NULL, NULL, NULL } };
 static const option score_options[] = {
     WEIGHT_OPTIONS,
     { "format", "HOW", "csv", "csv, or jsonl: a JSON object per line" },
     { "out", "FILE", NULL, "where to; else the terminal" },
     { "calibrated", NULL, NULL, "probabilities at the temperature fitted on validation bags" },
     { "attention", "DIR", NULL, "also a table per bag there: attention score, weight, rank and contribution of each instance" },
-    THREADS, { NULL, NULL, NULL, NULL } };
+    PRECISION, THREADS, { NULL, NULL, NULL, NULL } };
 static const option heatmap_options[] = {
     WEIGHT_OPTIONS,
     { "out", "PNG|DIR", NULL, "the picture; or a folder, with a picture per bag" },
@@ -298,7 +301,7 @@ static const option heatmap_options[] = {
     { "zoom", "N", "0", "pixels per step; 0: so that the longer side has about 600" },
     { "geojson", NULL, NULL, "a .geojson of tiles beside the picture, for QuPath" },
     { "offset", "X,Y", NULL, "subtracted from the GeoJSON's coordinates (OpenSlide's bounds-x, bounds-y)" },
-    THREADS, { NULL, NULL, NULL, NULL } };
+    PRECISION, THREADS, { NULL, NULL, NULL, NULL } };
 
 static const option demo_options[] = {
     { "slides", "N", "120", "how many" },
@@ -370,6 +373,8 @@ int main(int argc, char **argv)
     mil_context_options options = mil_context_options_default();
     mil_context *ctx;
     options.threads = (int)argument_int(&a, "threads", 0, 1024);
+    if (c->run == run_eval || c->run == run_score || c->run == run_heatmap)
+        options.precision = strcmp(argument_choice(&a, "precision", "full|bf16"), "bf16") == 0 ? MIL_PRECISION_BF16 : MIL_PRECISION_FULL;
     const mil_status status = mil_context_create(&ctx, &options);
     if (status != MIL_OK) tool_fail("%s", mil_status_text(status));
     if (c->run != run_models && c->run != run_info && c->run != run_check) tool_catch_signals();       // these write files
