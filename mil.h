@@ -2078,6 +2078,26 @@ typedef pthread_t mili_thread;
 #define MILI_THREAD_RETURN return NULL
 #endif
 
+// Jobs come in quick succession, and a thread that sleeps takes some 50 us to wake: who waits looks for as long before it sleeps.
+// What is looked at without the mutex is read and written whole.
+#if defined(__GNUC__) || defined(__clang__)
+#define MILI_SPINS 2000
+#define MILI_LOOK(x) __atomic_load_n(&(x), __ATOMIC_RELAXED)
+#define MILI_SHOW(x, v) __atomic_store_n(&(x), v, __ATOMIC_RELAXED)
+#if defined(__x86_64__) || defined(__i386__)
+#define MILI_PAUSE() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define MILI_PAUSE() __asm__ volatile("yield")
+#else
+#define MILI_PAUSE() ((void)0)
+#endif
+#else
+#define MILI_SPINS 0
+#define MILI_LOOK(x) (x)
+#define MILI_SHOW(x, v) ((x) = (v))
+#define MILI_PAUSE() ((void)0)
+#endif
+
 struct mili_pool {
     mili_mutex mutex;
     mili_cond  wake, idle;
@@ -2107,12 +2127,16 @@ MILI_THREAD_FN(mili_pool_main)
     int64_t seen = 0;
     MILI_LOCK(&pool->mutex);
     for (;;) {
+        MILI_UNLOCK(&pool->mutex);
+        for (int i = 0; i < MILI_SPINS && MILI_LOOK(pool->job) == seen && !MILI_LOOK(pool->stop); i++) MILI_PAUSE();
+        MILI_LOCK(&pool->mutex);
         while (!pool->stop && pool->job == seen) MILI_WAIT(&pool->wake, &pool->mutex);
         if (pool->stop) break;
         seen = pool->job;
-        pool->busy++;
+        MILI_SHOW(pool->busy, pool->busy + 1);
         mili_pool_work(pool);
-        if (--pool->busy == 0) MILI_WAKE_ALL(&pool->idle);
+        MILI_SHOW(pool->busy, pool->busy - 1);
+        if (pool->busy == 0) MILI_WAKE_ALL(&pool->idle);
     }
     MILI_UNLOCK(&pool->mutex);
     MILI_THREAD_RETURN;
@@ -2125,9 +2149,14 @@ MILI_FN void mili_pool_run(mili_pool *pool, int64_t count, void (*task)(void *ar
     pool->count = count;
     pool->task = task;
     pool->arg = arg;
-    pool->job++;
+    MILI_SHOW(pool->job, pool->job + 1);
     MILI_WAKE_ALL(&pool->wake);
     mili_pool_work(pool);
+    if (pool->busy) {
+        MILI_UNLOCK(&pool->mutex);
+        for (int i = 0; i < MILI_SPINS && MILI_LOOK(pool->busy); i++) MILI_PAUSE();
+        MILI_LOCK(&pool->mutex);
+    }
     while (pool->busy) MILI_WAIT(&pool->idle, &pool->mutex);
     MILI_UNLOCK(&pool->mutex);
 }
@@ -2136,7 +2165,7 @@ MILI_FN void mili_pool_free(mil_context *ctx, mili_pool *pool)
 {
     if (!pool) return;
     MILI_LOCK(&pool->mutex);
-    pool->stop = 1;
+    MILI_SHOW(pool->stop, 1);
     MILI_WAKE_ALL(&pool->wake);
     MILI_UNLOCK(&pool->mutex);
     for (int i = 0; i < pool->workers; i++) {
@@ -17542,6 +17571,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_LANES
 #undef MILI_LIGHT_OP
 #undef MILI_LOCK
+#undef MILI_LOOK
 #undef MILI_LOSS_ENUM
 #undef MILI_MAX
 #undef MILI_MAX_SLOTS
@@ -17575,6 +17605,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_PAIRS_TILE
 #undef MILI_PASTE
 #undef MILI_PASTE_
+#undef MILI_PAUSE
 #undef MILI_PIECE
 #undef MILI_PLAIN_1
 #undef MILI_PLAIN_2
@@ -17611,6 +17642,8 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_ROW_STORE
 #undef MILI_RRT_OPTIONS
 #undef MILI_SHAPE
+#undef MILI_SHOW
+#undef MILI_SPINS
 #undef MILI_STATE_VERSION
 #undef MILI_STATUS_ENUM
 #undef MILI_STATUS_NAME
