@@ -7360,7 +7360,8 @@ MILI_FN void mili_pool_grad(mil_node *n, mil_node *dz)
     mil_node *p = mili_binary(scores, n->second, MILI_BINARY_weights, 0);            // exp(s - lse), 0 where lse is -inf
     if (mil_wants_grad(values)) mil_add_grad(values, mil_matmul(p, dz));
     if (mil_wants_grad(scores)) {
-        mil_node *mean = mil_transpose(mil_sum(mil_mul(n, dz), -1));                 // [B, 1, K]
+        // z . dz [B, 1, K]; of one map in the order of v . dz, so that a lone instance gets 0 and no rounding error.
+        mil_node *mean = n->shape[n->rank - 2] == 1 ? mil_matmul_t(n, dz, 0, 1) : mil_transpose(mil_sum(mil_mul(n, dz), -1));
         mil_add_grad(scores, mil_mul(p, mil_sub(mil_matmul_t(values, dz, 0, 1), mean)));
     }
 }
@@ -13486,9 +13487,15 @@ MILI_FN mil_node *mili_mask_features(mil_node *x, mil_node *mask)              /
     return mask ? mil_mask_fill(x, mili_mask_real(mask), 0) : x;
 }
 
+// Scores to pool by: missing instances get the most negative number. A bag without a real instance gets zeros instead, equal
+// too, because softmax by way of a log-sum-exp would lose log N beside so large a number; a - a, since the references add that
+// number to a and so let the gradient through to it.
 MILI_FN mil_node *mili_mask_scores(mil_node *a, mil_node *mask)                // a [B, N, K], mask [B, N, 1] or NULL
 {
-    return mask ? mil_mask_fill(a, mask, -(double)MILI_REAL_MAX) : a;
+    if (!mask) return a;
+    mil_node *none = mil_affine(mil_max(mask, 1), -1, 1);                      // [B, 1, 1]  1 for such a bag
+    a = mil_sub(a, mil_mask_fill(mil_detach(a), none, 0));
+    return mil_mask_fill(a, mili_mask_real(mask), -(double)MILI_REAL_MAX);
 }
 
 // Each bag's own rows: y[b,k] = x[b, index[b,k]].  x [B, N, E], index [B, 1, K] -> [B, K, E]
@@ -13630,11 +13637,13 @@ MILI_FN void mili_abmil_forward(const void *model, const void *config, const mil
     mil_node *mask = mili_mask_column(in->mask);
     mil_node *h = mil_patch_mlp_forward(&m->embed, mili_mask_features(in->features, mask));    // [B, N, E]
     mil_node *a = mil_attention_scores(&m->scorer, h);                                         // [B, N, 1]
-    a = mili_mask_scores(a, mask);
-    mil_node *z = mil_softmax_pool(a, h);                                                      // [B, 1, E]: one attention map, K = 1
+    mil_node *pooled = mili_mask_scores(a, mask);
+    mil_node *z = mil_softmax_pool(pooled, h);                                                 // [B, 1, E]: one attention map, K = 1
 
+    if (mask) a = mil_mask_fill(a, mask, -(double)MILI_REAL_MAX);
     out->attention = mil_transpose(a);                                                         // [B, 1, N]
-    mili_report_attention(out, a, h, c->num_classes ? &m->classifier : NULL);
+    mili_report_attention(out, pooled, h, c->num_classes ? &m->classifier : NULL);
+    out->attention_scores = a;
     out->slide_feats = mil_squeeze(z, 1);                                                      // [B, E]
     if (c->num_classes == 0) return;
     out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, C]
@@ -13744,15 +13753,17 @@ MILI_FN void mili_dsmil_forward(const void *model, const void *config, const mil
     mil_node *u = mil_matmul(q, mil_use(in->tape, m->q.weight));                               // [B, C, E]  W^T q_c
     mil_node *bq = mil_transpose(mil_sum(mil_mul(q, mil_use(in->tape, m->q.bias)), -1));       // [B, 1, C]  b . q_c
     mil_node *a = mil_add(mil_matmul_t(h, u, 0, 1), bq);                                       // [B, N, C]
-    a = mil_affine(mili_mask_scores(a, mask), 1 / sqrt((double)c->attn_dim), 0);
-    mil_node *z = mil_softmax_pool(a, mil_dropout(h, c->dropout_v, "v"));                      // [B, C, E]  sum_n P_nc h_n
+    a = mil_affine(a, 1 / sqrt((double)c->attn_dim), 0);
+    mil_node *pooled = mili_mask_scores(a, mask);
+    mil_node *z = mil_softmax_pool(pooled, mil_dropout(h, c->dropout_v, "v"));                 // [B, C, E]  sum_n P_nc h_n
     mil_node *F = mil_layer_norm_forward(&m->norm, mil_linear_forward(&m->v, z));              // [B, C, E]
 
     const int64_t flat[2] = { -1, c->num_classes * c->embed_dim };                             // the convolution as a matrix
     mil_node *W = mil_reshape(mil_use(in->tape, m->classifier.weight), 2, flat);               // [C, C E]
     mil_node *bag = mil_linear(mil_reshape(F, 2, flat), W, mil_use(in->tape, m->classifier.bias));     // [B, C]
-    mili_report_attention(out, a, h, NULL);
+    mili_report_attention(out, pooled, h, NULL);
     out->attention = out->attention_weights;                                                   // [B, N, C]
+    out->attention_scores = mask ? mil_mask_fill(a, mask, -(double)MILI_REAL_MAX) : a;
     out->slide_feats = F;
     mil_output(out, "instance_logits", s);
     mil_output(out, "bag_logits", bag);
@@ -14407,7 +14418,7 @@ MILI_FN void mili_ilra_forward(const void *model, const void *config, const mil_
     X(T, BOOL,   da_dropout,    "false",  NULL,             "dropout 0.25 in the scorer")                                               \
     X(T, CHOICE, pos,           "ppeg",   "none|ppeg|peg",  "position module; used only with apply_pos")                                \
     X(T, INT,    peg_k,         "7",      "1..99",          "its (first) kernel, odd")                                                  \
-    X(T, INT,    pos_pos,       "0",      "-1..1000",       "apply_pos: -1 before the first layer, 0 between the first and the second") \
+    X(T, CHOICE, pos_pos,       "0",      "-1|0|none",      "apply_pos: -1 before the first layer, 0 between the first and the second") \
     X(T, CHOICE, attn,          "ntrans", "ntrans|rrt",     "apply_attn: rrt attends within regions")                                   \
     X(T, BOOL,   epeg,          "false",  NULL,             "attn rrt: 15 taps along the queries, on the scores")                       \
     X(T, INT,    region_num,    "8",      "1..1000000",     "attn rrt: regions per side")                                               \
@@ -14424,6 +14435,7 @@ MILI_CONFIG(mili_rrt, MILI_RRT_OPTIONS);
 
 enum { MILI_RRT_ATTN, MILI_RRT_MEAN };                                            // pool
 enum { MILI_RRT_NONE, MILI_RRT_PPEG, MILI_RRT_PEG };                               // pos
+enum { MILI_RRT_POS_FIRST, MILI_RRT_POS_SECOND };                                  // pos_pos; none is the class default of MIL-Lab
 enum { MILI_RRT_NTRANS, MILI_RRT_REGIONS };                                        // attn
 enum { MILI_RRT_LAYERS = 16, MILI_RRT_EPEG = 15, MILI_RRT_SCORER = 128 };         // at most; taps; width A of the scorer
 typedef struct mili_rrt_layer {
@@ -14543,11 +14555,11 @@ MILI_FN void mili_rrt_forward(const void *model, const void *config, const mil_i
     const int positions = c->apply_pos && c->pos != MILI_RRT_NONE;
     mil_node *x = mil_activate(mil_linear_forward(&m->embed, in->features), acts[c->act]);     // [B, N, M]
     x = mil_dropout(x, c->dropout, "patch_embed");
-    if (positions && c->pos_pos == -1) x = mili_rrt_positions(&m->pos, x);
+    if (positions && c->pos_pos == MILI_RRT_POS_FIRST) x = mili_rrt_positions(&m->pos, x);
     for (int64_t i = 0; i < c->n_layers; i++) {
         const mili_rrt_layer *k = &m->layer[i];
         mili_push_block(in->tape, i);
-        if (positions && c->pos_pos == 0 && i == 1) x = mili_rrt_positions(&m->pos, x);
+        if (positions && c->pos_pos == MILI_RRT_POS_SECOND && i == 1) x = mili_rrt_positions(&m->pos, x);
         for (int64_t cycle = 0; cycle < c->n_cycle; cycle++) {
             x = mil_add(x, mil_drop_path(mili_rrt_attention(c, k, mil_layer_norm_forward(&k->norm, x)), c->drop_path, "drop_path"));
             if (!c->ffn) continue;

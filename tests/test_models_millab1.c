@@ -67,6 +67,7 @@ TEST(ilra_one_latent) { run_options("ilra", "in_dim=5 embed_dim=6 num_heads=2 to
     X(transmil_base_train, "transmil-base-train") \
     X(transmil_batch2_train, "transmil-batch2-train") \
     X(transmil_fc2_l3_h2_train, "transmil-fc2-l3-h2-train") \
+    X(transmil_l1_train, "transmil-l1-train") \
     X(transmil_n1_eval, "transmil-n1-eval") \
     X(transmil_nopad_eval, "transmil-nopad-eval") \
     X(transformer_base_eval, "transformer-base-eval") \

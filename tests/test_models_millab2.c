@@ -13,9 +13,12 @@ static void run_case(const char *name)
     mil_context *ctx;
     mil_context_options o = mil_context_options_default();
     replay r;
+    // A masked score is a number so large that the score is lost in it, yet the references' gradient goes through the sum. In a
+    // bag that is masked whole this is the gradient, and no difference quotient shows it.
+    const int last = MIL_REAL_IS_FLOAT || strstr(name, "all-masked") ? DIFFERENCES - 1 : DIFFERENCES;
     o.threads = 1;
     if (!CHECK(mil_context_create(&ctx, &o) == MIL_OK)) return;
-    for (int i = 0; i <= DIFFERENCES - MIL_REAL_IS_FLOAT; i++) {
+    for (int i = 0; i <= last; i++) {
         snprintf(path, sizeof path, "tests/cases/millab-%s.safetensors", name);
         if (replay_open(&r, ctx, path)) {
             r.training = r.training || i == DIFFERENCES;
@@ -33,6 +36,7 @@ static void run_case(const char *name)
 
 // X(name of the test, name of the case)
 #define CASES(X) \
+    X(abmil_bag_all_masked_train, "abmil-bag-all-masked-train") \
     X(abmil_base_eval, "abmil-base-eval") \
     X(abmil_base_train, "abmil-base-train") \
     X(abmil_bce_train, "abmil-bce-train") \
@@ -52,8 +56,10 @@ static void run_case(const char *name)
     X(dftd_few_eval, "dftd-few-eval") \
     X(dftd_maxmins_k2_train, "dftd-maxmins-k2-train") \
     X(dftd_maxs_k0_eval, "dftd-maxs-k0-eval") \
+    X(dftd_maxs_k0_train, "dftd-maxs-k0-train") \
     X(dftd_maxs_nores_train, "dftd-maxs-nores-train") \
     X(dftd_overlap_eval, "dftd-overlap-eval") \
+    X(dsmil_bag_all_masked_train, "dsmil-bag-all-masked-train") \
     X(dsmil_base_eval, "dsmil-base-eval") \
     X(dsmil_base_train, "dsmil-base-train") \
     X(dsmil_bce_train, "dsmil-bce-train") \
