@@ -681,7 +681,7 @@ MIL_API mil_status mil_model_init(mil_model *model, uint64_t seed);             
 typedef struct mil_load_options {
     int allow_missing;       // tensors that the file lacks keep their values (else an error that names them)
     int allow_extra;         // tensors that the model lacks are skipped (else an error that names them)
-    int new_head;            // the classification head is left fresh, as MIL-Lab does for another task
+    int new_head;            // the classification head is left fresh, as MIL-Lab does for another task, whatever the file has of it
     int check_finite;        // NaN or infinity in a weight is an error (default 1)
 } mil_load_options;
 MIL_API mil_load_options mil_load_options_default(void);
@@ -1513,6 +1513,7 @@ typedef struct mil_architecture {
     const mil_config *configs; int config_count;                   // "base", ...
     size_t      model_size;                                        // of the struct of layers
     const char *head;                                              // key prefixes of the classification head, separated by blanks: "classifier"
+                                                                   // "heads?": under new_head those that file and model both have are loaded
     unsigned    flags;                                             // MIL_MODEL_*
     // Declares the parameters: fills *model (zeroed, model_size bytes) from *config.
     void (*declare)(mil_builder *b, void *model, const void *config);
@@ -12809,19 +12810,24 @@ MILI_FN mil_param *mili_param_find(const mil_model *model, const char *key)
     return NULL;
 }
 
+// What follows a wrapper's prefix in key, or NULL.
+MILI_FN const char *mili_without_prefix(const mil_architecture *arch, const char *key)
+{
+    const size_t own = arch->prefix ? strlen(arch->prefix) : 0;
+    if (strncmp(key, "module.", 7) == 0) return key + 7;
+    if (own && strncmp(key, arch->prefix, own) == 0) return key + own;
+    if (strncmp(key, "model.", 6) == 0) return key + 6;
+    return key[0] == '.' ? key + 1 : NULL;                 // "model..a.b", as MIL-Lab's hub loader writes it
+}
+
 MIL_DEF mil_param *mil_model_find(const mil_model *model, const char *key)
 {
-    if (!model || !key) return NULL;
-    const size_t own = model->arch->prefix ? strlen(model->arch->prefix) : 0;
-    for (;;) {                                             // the key as it is, then without the prefixes of wrappers
+    if (!model) return NULL;
+    for (; key; key = mili_without_prefix(model->arch, key)) {                       // as it is, then without the prefixes of wrappers
         mil_param *p = mili_param_find(model, key);
         if (p) return p;
-        if (strncmp(key, "module.", 7) == 0) key += 7;
-        else if (own && strncmp(key, model->arch->prefix, own) == 0) key += own;
-        else if (strncmp(key, "model.", 6) == 0) key += 6;
-        else if (key[0] == '.') key++;                     // "model..a.b", as MIL-Lab's hub loader writes it
-        else return NULL;
     }
+    return NULL;
 }
 
 MIL_DEF mil_status mil_param_read(const mil_param *param, mil_real *dst, int64_t count)
@@ -12928,16 +12934,31 @@ MIL_DEF mil_load_options mil_load_options_default(void)
     return o;
 }
 
-// Whether a key belongs to the classification head.
-MILI_FN int mili_is_head(const mil_architecture *arch, const char *key)
+// Whether a key belongs to the classification head: to what new_head leaves fresh, or to the parts that are loaded where both
+// sides have them.
+enum { MILI_NO_HEAD, MILI_HEAD, MILI_HEAD_SHARED };
+MILI_FN int mili_head_kind(const mil_architecture *arch, const char *key)
 {
     for (const char *at = arch->head; at && *at; ) {
-        const size_t n = strcspn(at, " ");
-        if (strncmp(key, at, n) == 0 && (key[n] == '.' || key[n] == 0)) return 1;
+        const size_t n = strcspn(at, " "), shared = n && at[n - 1] == '?', length = n - shared;
+        if (strncmp(key, at, length) == 0 && (key[length] == '.' || key[length] == 0)) return shared ? MILI_HEAD_SHARED : MILI_HEAD;
         at += n;
         while (*at == ' ') at++;
     }
-    return 0;
+    return MILI_NO_HEAD;
+}
+
+MILI_FN int mili_is_head(const mil_architecture *arch, const char *key) { return mili_head_kind(arch, key) == MILI_HEAD; }
+
+// The same of a tensor's name, which the model need not have.
+MILI_FN int mili_head_kind_of_name(const mil_architecture *arch, const char *name)
+{
+    for (;;) {
+        const char *key = mili_without_prefix(arch, name);
+        const int kind = mili_head_kind(arch, name);
+        if (kind || !key) return kind;
+        name = key;
+    }
 }
 
 // Names that are too many for one sentence are counted.
@@ -13007,6 +13028,7 @@ MILI_FN mil_status mili_load_tensors(mil_model *model, const mil_tensors *file, 
     for (int64_t t = 0; t < tensors; t++) {
         const char *name = mil_tensors_name(file, t);
         const mil_param *p = mil_model_find(model, name);
+        if (!p && o.new_head && mili_head_kind_of_name(model->arch, name)) continue;
         if (!p) { mili_name_list_add(&extra, name); continue; }
         if (o.new_head && mili_is_head(model->arch, p->key)) continue;
         int64_t i = 0;
@@ -13030,8 +13052,8 @@ MILI_FN mil_status mili_load_tensors(mil_model *model, const mil_tensors *file, 
     }
     for (int64_t i = 0; i < model->param_count; i++) {
         const mil_param *p = model->param[i];
-        const int head = mili_is_head(model->arch, p->key);
-        if (from[i] < 0 && !(o.new_head && head)) { mili_name_list_add(&missing, p->key); missing_head += head; }
+        const int head = mili_head_kind(model->arch, p->key);
+        if (from[i] < 0 && !(o.new_head && head)) { mili_name_list_add(&missing, p->key); missing_head += head != MILI_NO_HEAD; }
         room = MILI_MAX(room, (size_t)p->count * mil_dtype_size(p->dtype));
     }
     if ((missing.count && !o.allow_missing) || (extra.count && !o.allow_extra)) {
@@ -14611,7 +14633,7 @@ static const mil_architecture mili_architectures[] = {
     MILI_ROW("clam", "attention pooling with an instance loss on the most and least attended patches",
              "Lu, Williamson, Chen, Chen, Barbieri, Mahmood: Data-efficient and weakly supervised computational pathology on whole-slide "
              "images, Nature Biomedical Engineering 2021",
-             "model.", mili_clam, mili_clam_configs, "classifier", 0),
+             "model.", mili_clam, mili_clam_configs, "classifier instance_classifiers?", 0),
 #endif
 #if !defined(MIL_ONLY_MODELS) || defined(MIL_MODEL_DFTD)
     MILI_ROW("dftd", "two tiers of attention over random pseudo bags",

@@ -500,6 +500,41 @@ TEST(files_without_a_classifier_open_with_a_fresh_one)         // as FEATHER's a
     end();
 }
 
+// Another number of classes: the classifier is fresh, and so are the instance classifiers that only one side has.
+TEST(a_new_head_takes_what_both_have)
+{
+    begin();
+    mil_load_options o = mil_load_options_default();
+    o.new_head = 1;
+    for (int more = 0; more < 2; more++) {
+        mil_model *a = mil_create(ctx, "clam", more ? "in_dim=6 embed_dim=8 num_classes=2" : "in_dim=6 embed_dim=8 num_classes=4");
+        mil_model *b = mil_create(ctx, "clam", more ? "in_dim=6 embed_dim=8 num_classes=4" : "in_dim=6 embed_dim=8 num_classes=2");
+        CHECK(mil_model_init(a, 3) == MIL_OK && mil_model_init(b, 4) == MIL_OK);
+        state s = state_of(a, "module.model.");
+        write_state(&s, NULL, 0);
+        CHECK(mil_load_memory(b, file, file_size, NULL) == MIL_ERROR_SHAPE);
+        if (!CHECK(mil_load_memory(b, file, file_size, &o) == MIL_OK)) puts(mil_error(ctx));
+        CHECK(memcmp(mil_model_find(a, "patch_embed.0.weight")->data, mil_model_find(b, "patch_embed.0.weight")->data, 48 * sizeof(mil_real)) == 0);
+        CHECK(memcmp(mil_model_find(a, "instance_classifiers.1.weight")->data, mil_model_find(b, "instance_classifiers.1.weight")->data, 16 * sizeof(mil_real)) == 0);
+        CHECK(memcmp(mil_model_find(a, "classifier.weight")->data, mil_model_find(b, "classifier.weight")->data, 16 * sizeof(mil_real)) != 0);
+        drop_state(&s, "patch_embed.0.bias");
+        write_state(&s, NULL, 0);
+        CHECK(mil_load_memory(b, file, file_size, &o) == MIL_ERROR_UNKNOWN);
+        CHECK_CONTAINS(mil_error(ctx), "missing patch_embed.0.bias");
+        mil_model_free(a);
+        mil_model_free(b);
+    }
+    mil_model *a = mil_create(ctx, "abmil", SMALL), *b = mil_create(ctx, "abmil", SMALL " num_classes=0");       // features only
+    state s = state_of(a, "model.");
+    write_state(&s, NULL, 0);
+    CHECK(mil_load_memory(b, file, file_size, NULL) == MIL_ERROR_UNKNOWN);
+    CHECK_CONTAINS(mil_error(ctx), "not in the model model.classifier.");
+    CHECK(mil_load_memory(b, file, file_size, &o) == MIL_OK);
+    mil_model_free(a);
+    mil_model_free(b);
+    end();
+}
+
 TEST(class_names_and_metadata_are_checked)
 {
     static const char *const names[] = { "a", "b", NULL };
@@ -756,6 +791,7 @@ TESTS(
     T(files_that_do_not_fit_are_named_and_change_nothing)
     T(many_missing_names_are_counted)
     T(files_without_a_classifier_open_with_a_fresh_one)
+    T(a_new_head_takes_what_both_have)
     T(class_names_and_metadata_are_checked)
     T(reserved_metadata_keys_are_refused)
     T(a_users_model_is_made_saved_and_opened_like_any_other)
