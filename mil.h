@@ -296,7 +296,7 @@ MIL_API void       mil_tape_reset(mil_tape *tape);             // forgets nodes,
 MIL_API mil_context *mil_tape_context(mil_tape *tape);
 
 // Training on: dropout drops, batch statistics are computed, and an op without a gradient on the way to a parameter is an
-// error. Off at first. Applies to nodes recorded afterwards.
+// error. Off at first. Applies to nodes recorded afterwards. With MIL_NO_TRAINING it stays off.
 MIL_API void mil_tape_training(mil_tape *tape, int on);
 MIL_API int  mil_tape_is_training(const mil_tape *tape);
 
@@ -2809,7 +2809,7 @@ MILI_LANES mil_real mili_pick_min(mil_real a, mil_real b) { return a < b ? a : b
         T##_map_exp, T##_map_tanh, T##_map_sigmoid, T##_map_erf, T##_map_gelu, MILI_TRAINED(T##_map_gelu_grad), \
         T##_map_silu, MILI_TRAINED(T##_map_silu_grad), T##_map_relu, \
         T##_zip_gate, T##_zip_add, T##_zip_sub, T##_zip_mul, T##_zip_div, T##_mul_add, \
-        MILI_TRAINED(T##_zip_tanh_grad), MILI_TRAINED(T##_zip_sigmoid_grad), MILI_TRAINED(T##_zip_relu_grad), T##_drop, T##_axpy, T##_scale, \
+        MILI_TRAINED(T##_zip_tanh_grad), MILI_TRAINED(T##_zip_sigmoid_grad), MILI_TRAINED(T##_zip_relu_grad), MILI_TRAINED(T##_drop), T##_axpy, T##_scale, \
         T##_fold_sum, T##_fold_max, T##_fold_min, T##_fold_dot, T##_finite, T##_exp_sum, T##_from_f16, T##_from_bf16, to_pairs };
 
 // ---- plain C ---------------------------------------------------------------------------------------------------------
@@ -4071,8 +4071,15 @@ MIL_DEF void mil_tape_reset(mil_tape *tape)
 }
 
 MIL_DEF mil_context *mil_tape_context(mil_tape *tape) { return tape ? tape->ctx : NULL; }
+
+// A constant where training is left out, so that the compiler leaves out draws and dropout too.
+#ifdef MIL_NO_TRAINING
+#define MILI_IS_TRAINING(tape) ((void)(tape), 0)
+#else
+#define MILI_IS_TRAINING(tape) ((tape)->training)
+#endif
 MIL_DEF void mil_tape_training(mil_tape *tape, int on) { if (tape) tape->training = on != 0; }
-MIL_DEF int mil_tape_is_training(const mil_tape *tape) { return tape ? tape->training : 0; }
+MIL_DEF int mil_tape_is_training(const mil_tape *tape) { return tape ? MILI_IS_TRAINING(tape) : 0; }
 MIL_DEF mil_status mil_tape_status(const mil_tape *tape) { return tape ? mili_tape_report(tape) : MIL_ERROR_ARGUMENT; }
 MIL_DEF const char *mil_tape_error(const mil_tape *tape) { return tape ? tape->error : ""; }
 
@@ -4241,7 +4248,7 @@ MILI_FN mil_node *mili_record(mil_tape *tape, const mil_spec *spec)
                                  MILI_SHAPE(n->input[i]), (long long)n->outer, (long long)n->in_rows);
     if (wants && n->dtype == MIL_REAL_DTYPE && !(spec->op->flags & MIL_OP_STOPS_GRADIENT)) {
         n->flags |= MILI_WANTS_GRAD;
-        if (tape->training && !tape->in_backward && !spec->op->grad)
+        if (MILI_IS_TRAINING(tape) && !tape->in_backward && !spec->op->grad)
             return mil_tape_fail(tape, MIL_ERROR_UNSUPPORTED, "%s: has no gradient, but a parameter stands below it", name);
     }
     return n;
@@ -6101,7 +6108,9 @@ MILI_FN void mili_binary_span(const mili_kernels *K, int64_t kind, double param,
         case MILI_BINARY_sub: K->sub(y, a, b, n); return;
         case MILI_BINARY_mul: K->mul(y, a, b, n); return;
         case MILI_BINARY_div: K->div(y, a, b, n); return;
+#ifndef MIL_NO_TRAINING
         case MILI_BINARY_drop: K->drop(y, a, b, p, n); return;
+#endif
         default: break;
         }
     }
@@ -7695,7 +7704,7 @@ MIL_DEF mil_node *mil_random_permutation(mil_tape *tape, const char *name, int64
 MIL_DEF mil_node *mil_dropout(mil_node *x, double rate, const char *name)
 {
     x = mili_real(x);
-    if (!x || !x->tape->training || rate == 0) return x;
+    if (!x || !MILI_IS_TRAINING(x->tape) || rate == 0) return x;
     if (!(rate > 0 && rate < 1)) return mil_tape_fail(x->tape, MIL_ERROR_ARGUMENT, "dropout: the rate %g is not in [0, 1)", rate);
     int supplied;
     mil_node *draw = mili_draw_node(x->tape, name, &mili_op_random, MIL_KIND_ROWS, MIL_REAL_DTYPE, 0, x->rank, x->shape, &supplied);
@@ -8258,7 +8267,7 @@ MILI_FN mil_node *mili_attention_record(mil_node *q, mil_node *k, mil_node *v, i
         s.i[2] = s.input_count;
         s.input[s.input_count++] = key_mask;
     }
-    if (tape->training && dropout > 0) {
+    if (MILI_IS_TRAINING(tape) && dropout > 0) {
         int64_t all[4];
         int supplied;
         all[0] = q->shape[0];
@@ -8357,7 +8366,7 @@ static const mil_op mili_op_later = MILI_ROWS_OP("later", mili_later_run, mili_l
 MILI_FN mil_node *mili_after(mil_node *x, mil_node *before)
 {
     x = mili_real(x);
-    if (!x || !before || x->tape->training) return x;
+    if (!x || !before || MILI_IS_TRAINING(x->tape)) return x;
     const int again = x->op == &mili_op_layer_norm, twice = x->op == &mili_op_later && x->input_count < MIL_MAX_INPUTS;
     mil_spec s = mil_spec_make(&mili_op_later, MIL_KIND_ROWS, x->rank, x->shape);
     s.input_count = 2;
@@ -9033,7 +9042,7 @@ MIL_DEF mil_node *mil_smooth_svm(mil_node *scores, mil_node *labels, double alph
 MIL_DEF mil_node *mil_drop_path(mil_node *x, double rate, const char *draw)
 {
     x = mili_real(x);
-    if (!x || !x->tape->training || rate == 0) return x;
+    if (!x || !MILI_IS_TRAINING(x->tape) || rate == 0) return x;
     if (x->rank < 1) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "drop_path: of a scalar");
     int64_t shape[MIL_MAX_RANK];
     for (int a = 0; a < x->rank; a++) shape[a] = a ? 1 : x->shape[0];
@@ -17595,6 +17604,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_INF
 #undef MILI_INLINE
 #undef MILI_IN_INDEX
+#undef MILI_IS_TRAINING
 #undef MILI_JSON_MAX_DEPTH
 #undef MILI_K
 #undef MILI_KC

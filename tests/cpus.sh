@@ -10,7 +10,7 @@ tests=${*:-$(ls tests/test_*.c | sed 's|tests/test_||; s|\.c$||')}
 flags='-std=c99 -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64 -I. -Itests -O2 -static'
 table='aarch64-linux-gnu-gcc:qemu-aarch64: arm-linux-gnueabihf-gcc:qemu-arm: riscv64-linux-gnu-gcc:qemu-riscv64: s390x-linux-gnu-gcc:qemu-s390x: gcc:qemu-i386:-m32 gcc:qemu-x86_64: musl-gcc::'
 for row in ${CPUS:-$table}; do
-    cc=${row%%:*} rest=${row#*:}
+    cc=$(sh tests/find_cc.sh "${row%%:*}") rest=${row#*:}
     run=${rest%%:*} extra=${rest#*:}
     name="$cc $extra${run:+ under $run}"
     if ! command -v "$cc" > /dev/null || { [ -n "$run" ] && ! command -v "$run" > /dev/null; } ||

@@ -55,9 +55,10 @@ if have arm-none-eabi-gcc; then
         fail 'arm-none-eabi program'
     fi
 fi
-if have aarch64-linux-gnu-gcc; then
-    object 'aarch64 bare metal' aarch64-linux-gnu-gcc -mcpu=cortex-a53 -mno-outline-atomics -fno-stack-protector
-    if aarch64-linux-gnu-gcc -std=c99 -Os -static -I. -o "$dir/arm64" tests/embedded.c -lm > "$dir/out.txt" 2>&1; then
+arm64=$(sh tests/find_cc.sh aarch64-linux-gnu-gcc)
+if have $arm64; then
+    object 'aarch64 bare metal' $arm64 -mcpu=cortex-a53 -mno-outline-atomics -fno-stack-protector
+    if $arm64 -std=c99 -Os -static -I. -o "$dir/arm64" tests/embedded.c -lm > "$dir/out.txt" 2>&1; then
         if have qemu-aarch64; then
             qemu-aarch64 "$dir/arm64" > "$dir/arm64.txt" 2> "$dir/out.txt"
             near 'aarch64 (NEON) under qemu' "$dir/arm64.txt"
@@ -70,10 +71,11 @@ for cc in x86_64-w64-mingw32-gcc i686-w64-mingw32-gcc; do
     have $cc || continue
     if $cc -std=c99 -O1 -I. -Itests -Wall -Wextra -Wno-format -o "$dir/selftest.exe" -include mil.h -DMIL_IMPLEMENTATION tests/test_selftest.c -lm > "$dir/out.txt" 2>&1; then
         pass "$cc builds the whole header"
-        if command -v wine > /dev/null; then
-            if WINEDEBUG=-all wine "$dir/selftest.exe" > "$dir/out.txt" 2>&1; then pass "$cc under wine"; else fail "$cc under wine"; fi
+        wine=$(command -v wine || command -v wine64 || ls /usr/lib/wine/wine64 2> /dev/null)
+        if [ -n "$wine" ] && { [ $cc = x86_64-w64-mingw32-gcc ] || [ -e "${wine%64}" ]; }; then
+            if WINEDEBUG=-all WINEPREFIX="$dir/wine" "$wine" "$dir/selftest.exe" > "$dir/out.txt" 2>&1; then pass "$cc under wine"; else fail "$cc under wine"; fi
         else
-            echo 'skip wine: not installed'
+            echo "skip $cc: no wine for it"
         fi
     else
         fail "$cc"
