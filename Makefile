@@ -71,6 +71,7 @@ IN_FLOAT     := $(filter-out $(filter-out $(call asks,float),$(IN_DOUBLE)),$(TES
 PRIVATE      := $(call asks,private)
 FUZZERS      := $(patsubst tests/%.c,%,$(wildcard tests/fuzz_*.c))
 REPLAYS      := $(filter-out fuzz_replay,$(FUZZERS))
+FUZZED       := $(if $(ONLY),$(filter $(addprefix fuzz_,$(ONLY)),$(REPLAYS)),$(REPLAYS))
 EXAMPLES     := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
 SCRIPTS      := $(patsubst tests/%.sh,%,$(filter-out tests/check_symbols.sh tests/run_examples.sh tests/summary.sh,$(wildcard tests/check_*.sh)))
 
@@ -243,10 +244,12 @@ coverage: ## line and branch coverage of mil.h, and the lines that no test reach
 	@sh tests/coverage.sh build/coverage '$(GCOV)'
 
 # ---- fuzzing: tests/fuzz_NAME.c has LLVMFuzzerTestOneInput, its corpus is tests/corpus/NAME
-fuzz: $(patsubst %,build/fuzz/%,$(REPLAYS)) ## each fuzz target for FUZZ_SECONDS (clang with libFuzzer)
-	@for f in $(patsubst fuzz_%,%,$(REPLAYS)); do \
+# FUZZ_RUNS=10000000 is what a release wants of each. A small quarantine and short stacks of allocations keep targets fast.
+fuzz: export ASAN_OPTIONS := quarantine_size_mb=2:malloc_context_size=4$(if $(ASAN_OPTIONS),:$(ASAN_OPTIONS))
+fuzz: $(patsubst %,build/fuzz/%,$(FUZZED)) ## each fuzz target for FUZZ_SECONDS, or FUZZ_RUNS inputs (clang with libFuzzer; ONLY="json npy")
+	@for f in $(patsubst fuzz_%,%,$(FUZZED)); do \
 	    mkdir -p build/fuzz/found/$$f; \
-	    build/fuzz/fuzz_$$f -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/$$f- build/fuzz/found/$$f tests/corpus/$$f || exit 1; \
+	    build/fuzz/fuzz_$$f $(if $(FUZZ_RUNS),-runs=$(FUZZ_RUNS),-max_total_time=$(FUZZ_SECONDS)) -print_final_stats=1 -artifact_prefix=build/fuzz/$$f- build/fuzz/found/$$f tests/corpus/$$f || exit 1; \
 	done
 
 ifneq ($(REPLAYS),)
