@@ -2332,7 +2332,6 @@ MILI_INLINE double mili_random_gauss(uint64_t seed, uint64_t stream, uint64_t co
 //   int64_t mili_gemm_packed_count(K, n, k)                           reals of a packed B [k, n]
 //   void    mili_gemm_pack(K, dst, b, b_row, b_col, n, k)
 //   void    mili_gemm_pack_panels(K, dst, b, b_row, b_col, n, k, first, end)      panels [first, end) of the same dst
-//   int64_t mili_gemm_scratch(K, n, k)                                reals of mili_gemm.scratch, at most MILI_GEMM_BLOCK
 //   void    mili_gemm_run(K, &gemm)
 //
 //   K->exp, tanh, sigmoid, erf, gelu, gelu_grad, silu, silu_grad, relu (y, x, n)          y[i] = f(x[i]); y may be x
@@ -2349,7 +2348,6 @@ MILI_INLINE double mili_random_gauss(uint64_t seed, uint64_t stream, uint64_t co
 //   mili_softmax_row(K, y, x, n)                                      all -inf gives zeros; y may be x
 //
 //   mili_convert(K, dst, src, dtype, n)                               any dtype to mil_real; src may be unaligned
-//   mili_convert_back(dst, dtype, src, n)                             to F32, F64, F16, BF16, ties to even; 0: another dtype
 
 #include <float.h>
 #if defined(MIL_USE_CBLAS)
@@ -3402,7 +3400,7 @@ typedef struct mili_gemm {
     int64_t c_row;
     int accumulate;                 // C += A B; the bias is not added
     const mil_real *bias;           // [n] or NULL
-    mil_real *scratch;              // [mili_gemm_scratch(K, n, k)], not used when `packed`
+    mil_real *scratch;              // [MILI_GEMM_BLOCK], not used when `packed`
 } mili_gemm;
 
 static int64_t mili_round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -3422,13 +3420,6 @@ MILI_FN int64_t mili_gemm_packed_count(const mili_kernels *K, int64_t n, int64_t
 static int64_t mili_gemm_block_panels(const mili_kernels *K, int64_t k)
 {
     return MILI_GEMM_BLOCK / (K->nr * MILI_MAX(1, MILI_MIN(k, MILI_KC)));
-}
-
-MILI_FN int64_t mili_gemm_scratch(const mili_kernels *K, int64_t n, int64_t k)
-{
-    const int64_t depth = MILI_MIN(k, MILI_KC);
-    if (n <= MILI_THIN) return n * mili_round_up(depth, K->lanes);
-    return MILI_MIN(mili_gemm_panels(K, n), mili_gemm_block_panels(K, k)) * K->nr * depth;
 }
 
 // For a few reals a call of memcpy takes longer than the copy.
@@ -3753,44 +3744,6 @@ MILI_FN void mili_convert(const mili_kernels *K, mil_real *dst, const void *src,
         break;
     case MIL_DTYPE_COUNT: break;
     }
-}
-
-// x in a 16-bit format with `fraction` bits of fraction and exponents up to `top`: nearest, ties to even.
-static uint16_t mili_narrow(double x, int fraction, int top)
-{
-    const uint64_t bits = mili_bits(x), sign = bits >> 63 << 15, infinite = (uint64_t)(2 * top + 1) << fraction;
-    const int exponent = (int)(bits >> 52 & 0x7ff) - 1023;
-    const uint64_t f = bits & 0xfffffffffffffull, whole = f | 1ull << 52;
-    int drop = 52 - fraction;                                            // bits to be rounded away
-    uint64_t y;
-    if (exponent == 1024) return (uint16_t)(sign | infinite | (f ? (f >> drop) | 1u << (fraction - 1) : 0));
-    if (exponent > top) return (uint16_t)(sign | infinite);
-    if (exponent < 1 - top) drop += 1 - top - exponent;                  // subnormal: fewer bits are left
-    if (drop > 54) return (uint16_t)sign;
-    y = whole >> drop;
-    if ((whole >> (drop - 1) & 1) && ((whole & ((1ull << (drop - 1)) - 1)) || (y & 1))) y++;
-    if (exponent >= 1 - top) y += (uint64_t)(exponent + top - 1) << fraction;      // the leading 1 counts one exponent
-    return (uint16_t)(sign | y);                                         // a carry runs on into the exponent, up to infinity
-}
-
-// dst[i] = src[i], rounded; dst may be unaligned. Returns 0, and writes nothing, for a dtype that is not a float.
-MILI_FN int mili_convert_back(void *dst, mil_dtype dtype, const mil_real *src, int64_t n)
-{
-    unsigned char *d = (unsigned char *)dst;
-    if (dtype != MIL_F32 && dtype != MIL_F64 && dtype != MIL_F16 && dtype != MIL_BF16) return 0;
-    for (int64_t i = 0; i < n; i++) {
-        if (dtype == MIL_F32) {
-            const float x = (float)src[i];
-            memcpy(d + 4 * i, &x, 4);
-        } else if (dtype == MIL_F64) {
-            const double x = (double)src[i];
-            memcpy(d + 8 * i, &x, 8);
-        } else {
-            const uint16_t x = dtype == MIL_F16 ? mili_narrow((double)src[i], 10, 15) : mili_narrow((double)src[i], 7, 127);
-            memcpy(d + 2 * i, &x, 2);
-        }
-    }
-    return 1;
 }
 
 // ---- creating a context (after the kernels, which it chooses) ----

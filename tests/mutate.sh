@@ -27,7 +27,7 @@ near() {                                                   # near ROOM: the test
     case $1 in
     platform)               echo f:errors f:threads f:failures f:scorer F:files ;;
     kernels)                echo f:selftest f:ops_tokens f:scorer F:ops ;;
-    record|plan|execute)    echo f:tape f:scorer f:errors ;;
+    record|plan|execute)    echo f:errors f:scorer f:models_millab2 f:tape ;;
     op-table)               echo f:ops_attention f:ops_tokens d:ops_attention d:ops_tokens F:ops D:ops ;;
     layer-code)             echo f:layers_attention d:layers_attention f:models_millab2 f:models_millab1 ;;
     json|file-code)         echo f:hostile F:files ;;

@@ -1,6 +1,7 @@
 // build: float private
 // The edges that other tests pass by: objects that are NULL, codes that don't exist, texts and shapes at their limits, a fixed
 // block cut into pieces. With these, readers, options and allocators are reached branch by branch (make coverage).
+#include <errno.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -230,6 +231,10 @@ TEST(numbers_end_where_their_text_ends)
 TEST(reasons_of_the_system_are_sentences)
 {
     char text[128];
+    errno = 0;
+    CHECK(mili_os_error() == MILI_OS_UNKNOWN);             // a call may fail and give none
+    errno = ENOENT;
+    CHECK(mili_os_error() == ENOENT);
     const long codes[] = { MILI_OS_FOLDER, MILI_OS_NOT_FILE, MILI_OS_SHRANK, MILI_OS_EXISTS, MILI_OS_TOO_LARGE, MILI_OS_BAD_PATH, MILI_OS_SHORT_WRITE, MILI_OS_UNKNOWN };
     for (size_t i = 0; i < sizeof codes / sizeof *codes; i++) CHECK(strlen(mili_os_text(codes[i], text, sizeof text)) > 10);
     CHECK(mili_os_text(2, text, sizeof text)[0] != 0);
@@ -296,6 +301,100 @@ TEST(safetensors_plans_that_cannot_be_written_are_refused)
         free(text);
     }
     mil_context_free(ctx);
+}
+
+// Empty tensors share their place with each other and with the one behind them, whatever the order in the header.
+TEST(safetensors_empty_tensors_may_stand_anywhere)
+{
+    static const char *const headers[] = {
+        "{\"a\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]},\"b\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]},"
+        "\"c\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]},\"d\":{\"dtype\":\"F32\",\"shape\":[0,5],\"data_offsets\":[1,1]}}",
+        "{\"b\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]},\"d\":{\"dtype\":\"F32\",\"shape\":[0,5],\"data_offsets\":[1,1]},"
+        "\"c\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]},\"a\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}" };
+    mil_context *ctx = context();
+    for (int i = 0; i < 2; i++) {
+        unsigned char bytes[512] = { 0 };
+        mil_tensors *file = NULL;
+        const size_t size = strlen(headers[i]);
+        bytes[0] = (unsigned char)(size % 256);
+        bytes[1] = (unsigned char)(size / 256);
+        memcpy(bytes + 8, headers[i], size);
+        bytes[8 + size] = 7;
+        if (CHECK(mil_tensors_open_memory(ctx, bytes, 8 + size + 1, 0, &file) == MIL_OK)) {
+            CHECK(mil_tensors_count(file) == 4 && *(const uint8_t *)mil_tensors_get(file, "b")->data == 7);
+            CHECK(mil_tensor_count(mil_tensors_get(file, "a")) == 0 && mil_tensor_count(mil_tensors_get(file, "d")) == 0);
+        } else printf("  %s\n", mil_error(ctx));
+        mil_tensors_free(file);
+    }
+    // Elements can be counted, their bits cannot.
+    static const char wide[] = "{\"a\":{\"dtype\":\"F64\",\"shape\":[536870912,536870912],\"data_offsets\":[0,1]}}";
+    unsigned char bytes[8 + sizeof wide] = { sizeof wide - 1 };
+    mil_tensors *file = NULL;
+    memcpy(bytes + 8, wide, sizeof wide - 1);
+    CHECK(mil_tensors_open_memory(ctx, bytes, sizeof bytes, 0, &file) == MIL_ERROR_FORMAT && !file);
+    CHECK_CONTAINS(mil_error(ctx), "overflows");
+    mil_context_free(ctx);
+}
+
+// Every 16-bit number, by the kernels of each tier that this machine has, at every length and place.
+TEST(halves_are_converted_alike_on_every_tier)
+{
+    static const mil_cpu tiers[] = { MIL_CPU_PLAIN, MIL_CPU_AVX2, MIL_CPU_AVX512, MIL_CPU_NEON };
+    enum { COUNT = 65536 };
+    unsigned char *src = (unsigned char *)malloc(2 * COUNT + 1);
+    mil_real *y = (mil_real *)malloc(COUNT * sizeof *y);
+    int wrong = 0;
+    if (!CHECK(src && y)) return;
+    for (int i = 0; i < COUNT; i++) {
+        const uint16_t h = (uint16_t)i;
+        memcpy(src + 1 + 2 * i, &h, 2);                    // unaligned
+    }
+    for (size_t t = 0; t < sizeof tiers / sizeof *tiers; t++) {
+        const mili_kernels *K = mili_kernels_choose(tiers[t]);
+        if (!K) continue;
+        for (int brain = 0; brain < 2; brain++) {
+            (brain ? K->from_bf16 : K->from_f16)(y, src + 1, COUNT);
+            for (int i = 0; i < COUNT; i++) {
+                const int fraction = brain ? 7 : 10, exponent = i >> fraction & (brain ? 255 : 31), top = brain ? 255 : 31;
+                const double f = i & ((1 << fraction) - 1), sign = i >> 15 ? -1 : 1;
+                // what the format says: subnormal numbers, then a hidden 1; the largest exponent is infinity or NaN
+                const double x = exponent == 0 ? ldexp(f, 1 - top / 2 - fraction) : ldexp(f + (1 << fraction), exponent - top / 2 - fraction);
+                wrong += exponent == top ? f != 0 ? y[i] == y[i] : (double)y[i] != sign * HUGE_VAL : (double)y[i] != sign * x;
+            }
+            for (int n = 0; n < 40; n++) {                 // a tail gives what the whole gave, and nothing behind it is written
+                mil_real part[41];
+                for (int i = 0; i <= 40; i++) part[i] = 77;
+                (brain ? K->from_bf16 : K->from_f16)(part, src + 1 + 2 * 15000, n);
+                wrong += part[n] != 77;
+                for (int i = 0; i < n; i++) wrong += part[i] != y[15000 + i];
+            }
+        }
+    }
+    CHECK(wrong == 0);
+    free(src);
+    free(y);
+}
+
+TEST(bytes_are_swapped_whatever_their_number)
+{
+    static const unsigned char src[9] = "abcdefgh";
+    unsigned char dst[9] = { 0 };
+    mili_swap_copy(dst, src, 4, 1);
+    CHECK(memcmp(dst, "abcd", 4) == 0);
+    mili_swap_copy(dst, src, 8, 2);
+    CHECK(memcmp(dst, "badcfehg", 8) == 0);
+    mili_swap_copy(dst, src, 8, 4);
+    CHECK(memcmp(dst, "dcbahgfe", 8) == 0);
+    mili_swap_copy(dst, src, 8, 8);
+    CHECK(memcmp(dst, "hgfedcba", 8) == 0);
+    mili_sink sink;
+    memset(&sink, 0, sizeof sink);
+    mili_sink_put(&sink, src, 0);
+    mili_sink_put(&sink, src, 8);
+    CHECK(sink.size == 8);
+    sink.status = MIL_ERROR_IO;
+    mili_sink_put(&sink, src, 8);                          // after a failure nothing more is written
+    CHECK(sink.size == 8);
 }
 
 // An NPY file with this version and dictionary in front of `data` bytes of zeros.
@@ -447,6 +546,10 @@ TEST(options_are_printed_at_any_room)
             memset(&again, 0, sizeof again);
             if (!json) CHECK(mili_option_set(&table[i], &again, whole, &expected) && memcmp((char *)&again + table[i].offset, (char *)&c + table[i].offset, sizeof(int)) == 0);
         }
+    char empty[8];
+    CHECK(mili_parse_options(ctx, table, TABLE, "texts=null ints=null", &c, "options") == MIL_OK);
+    CHECK(mili_option_print(&table[TABLE - 1], &c, empty, sizeof empty, 0) == 4 && strcmp(empty, "null") == 0);
+    CHECK(mili_in_range("0000000000000000000000000000000000..1", 7));         // a bound longer than a number is none
     mil_option wrong = table[0];
     const char *expected = "";
     char text[8];
@@ -625,5 +728,6 @@ TESTS(T(questions_about_nothing_have_harmless_answers) T(codes_that_do_not_exist
       T(names_longer_than_64_letters_are_compared_by_their_beginning) T(utf8_is_told_from_other_bytes) T(json_strings_cut_or_misspelt_are_refused)
       T(json_texts_are_compared_character_by_character) T(numbers_end_where_their_text_ends) T(reasons_of_the_system_are_sentences)
       T(files_of_other_kinds_are_recognised) T(safetensors_questions_outside_the_file_find_nothing) T(safetensors_plans_that_cannot_be_written_are_refused)
-      T(npy_oddities) T(options_of_every_type_are_set_or_refused) T(options_are_printed_at_any_room) T(models_of_ones_own_are_refused_by_name)
+      T(safetensors_empty_tensors_may_stand_anywhere) T(halves_are_converted_alike_on_every_tier)
+      T(bytes_are_swapped_whatever_their_number) T(npy_oddities) T(options_of_every_type_are_set_or_refused) T(options_are_printed_at_any_room) T(models_of_ones_own_are_refused_by_name)
       T(bags_with_more_in_them) T(class_names_parameters_and_keys_are_checked))

@@ -1347,6 +1347,42 @@ static mil_status write_something(mil_context *ctx, int kind, const char *path)
     return mil_npy_write(ctx, path, &t[6]);
 }
 
+// A folder that cannot be opened or synchronised, as some file systems have it, does not make a written file a failure; after a
+// failed write all that follows fails with the same reason, and the old file stays.
+TEST(files_whose_folder_cannot_be_synchronised_are_written)
+{
+    static const struct { int kind, number, code, ok; } cases[] = {
+        { CALL_OPEN, 1, EACCES, 1 }, { CALL_OPEN, 1, EIO, 0 }, { CALL_SYNC, 1, EINVAL, 1 }, { CALL_SYNC, 1, EIO, 0 } };
+    mil_context *ctx = make_context();
+    const char *path = in_folder("folder");
+    mil_writer *w;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        fault_kind = cases[i].kind;
+        fault_errno = cases[i].code;
+        fault_calls = 0;
+        fault_at = cases[i].number;
+        const mil_status status = mil_file_write(ctx, path, "abc", 3);
+        fault_at = -1;
+        CHECK(status == (cases[i].ok ? MIL_OK : MIL_ERROR_IO));
+        CHECK(file_is(path, "abc", 3));
+    }
+    CHECK(mil_writer_create(ctx, path, &w) == MIL_OK && mil_writer_put(w, NULL, 0) == MIL_OK && mil_writer_put(w, NULL, 1) == MIL_ERROR_ARGUMENT);
+    static unsigned char large[1 << 17];
+    fault_kind = CALL_WRITE;
+    fault_errno = ENOSPC;
+    fault_calls = 0;
+    fault_at = 0;
+    CHECK(mil_writer_put(w, large, sizeof large) == MIL_ERROR_IO);
+    fault_at = -1;
+    CHECK(mil_writer_put(w, "x", 1) == MIL_ERROR_IO);
+    CHECK_CONTAINS(mil_error(ctx), "failed before");
+    CHECK(mil_writer_commit(w) == MIL_ERROR_IO);
+    CHECK_CONTAINS(mil_error(ctx), "failed before");
+    mil_writer_free(w);
+    CHECK(file_is(path, "abc", 3));
+    end_context(ctx);
+}
+
 TEST(files_when_the_nth_system_call_fails_the_old_file_stays)
 {
     static const int kinds[] = { CALL_OPEN, CALL_WRITE, CALL_SYNC, CALL_CLOSE, CALL_RENAME, CALL_ANY };
@@ -1671,6 +1707,7 @@ TESTS(T(failing_system_calls_leave_the_model_and_its_file_as_they_were)
       T(safetensors_writer_checks_its_arguments) T(npy_valid_headers_are_read) T(npy_broken_rules_are_named)
       T(npy_byte_orders_and_fortran_order) T(npy_bytes_after_the_array_give_a_warning) T(npy_written_is_what_numpy_writes_and_reads_back)
       T(files_that_are_no_files_are_refused_with_a_reason) T(files_are_read_mapped_or_not_and_up_to_a_limit) T(files_are_written_in_pieces)
+      T(files_whose_folder_cannot_be_synchronised_are_written)
       T(files_when_the_nth_system_call_fails_the_old_file_stays) T(files_when_the_nth_read_fails_nothing_is_left)
       T(files_when_the_nth_allocation_fails_nothing_is_left) T(files_written_are_byte_identical_on_disk_and_in_memory)
       T(sample_files_open) T(sample_features_are_the_same_in_every_npy_variant))
