@@ -15,7 +15,7 @@ flags='-std=c99 -D_POSIX_C_SOURCE=200809L -Itests -w'
 # Everything, quick ones first; before these a mutant meets the tests of its own room.
 all=
 for t in ${TESTS:-selftest hostile scorer loss metrics train failures threads errors model extending layers_attention \
-         models_torchmil_abmil models_millab2 ops_attention ops_tokens models_millab1 files tape ops backend}; do
+         models_torchmil_abmil models_millab2 ops_attention ops_tokens models_millab1 files edges tape ops backend}; do
     asks=$(sed -n '1s/^\/\/ build: *//p' "tests/test_$t.c")
     case $asks in *private*) f=F d=D ;; *) f=f d=d ;; esac
     all="$all $f:$t"
@@ -25,13 +25,13 @@ done
 all="$all$late d:models_millab1"
 near() {                                                   # near ROOM: the tests most likely to see a mutant there
     case $1 in
-    platform)               echo f:errors f:threads f:failures f:scorer F:files ;;
+    platform)               echo f:errors f:threads f:failures f:scorer F:edges F:files ;;
     kernels)                echo f:selftest f:ops_tokens f:scorer F:ops ;;
     record|plan|execute)    echo f:errors f:scorer f:models_millab2 f:tape ;;
     op-table)               echo f:ops_attention f:ops_tokens d:ops_attention d:ops_tokens F:ops D:ops ;;
     layer-code)             echo f:layers_attention d:layers_attention f:models_millab2 f:models_millab1 ;;
-    json|file-code)         echo f:hostile F:files ;;
-    model-code)             echo f:model f:hostile f:errors F:files ;;
+    json|file-code)         echo f:hostile F:files F:edges ;;
+    model-code)             echo f:model f:hostile f:errors F:edges F:files ;;
     model-blocks)           echo f:models_millab2 f:models_millab1 f:model d:models_millab2 ;;
     loss-code)              echo f:loss d:loss ;;
     train-code)             echo f:train f:failures ;;
