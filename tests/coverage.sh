@@ -1,12 +1,13 @@
 #!/bin/sh
 # coverage.sh DIR [GCOV]: what the runs under DIR (built with --coverage) reached of mil.h, over all objects together, by room; a
 # line or branch counts as reached when any object ran it. Lines that none did go to DIR/missed.txt, branches to
-# DIR/missed_branches.txt, each under its room and function. Not counted: code of another machine (NEON), which is not compiled
+# DIR/missed_branches.txt, each under its room and function. In readers, option parser and allocator paths every branch is to be
+# reached, or to stand in tests/unreached.txt with a reason; what does not is printed and fails. Not counted: code of another machine (NEON), which is not compiled
 # here, and branches of MIL_ASSERT, whose other way is an abort.
 dir=$1 gcov=${2:-gcov}
 top=$(cd "$(dirname "$0")/.." && pwd)
 cd "$dir" || exit 1
-rm -rf gcov && mkdir gcov && cd gcov || exit 1
+rm -rf gcov missed.txt missed_branches.txt && touch missed.txt missed_branches.txt && mkdir gcov && cd gcov || exit 1
 n=0
 for data in ../*.gcda; do
     [ -f "$data" ] || continue
@@ -68,3 +69,17 @@ fi
         printf "mil.h: %.2f %% of %d lines, %.2f %% of %d branches; what is missed: build/coverage/missed.txt, missed_branches.txt\n",
             100 * reached / all, all, all_branches ? 100 * all_taken / all_branches : 0, all_branches
     }'
+
+# The rooms platform, json and file-code, and of model-code the option parser.
+grep -h -E '^(platform|json|file-code) |^model-code mili_(option|parse|list|text|plain|in_range|choice)' ../missed.txt ../missed_branches.txt |
+awk -v reasons="$top/tests/unreached.txt" '
+    BEGIN {
+        while ((getline line < reasons) > 0) if (line !~ /^#/ && split(line, part, / [|] /) == 3) { name[++count] = part[1]; piece[count] = part[2]; why[count] = part[3] }
+        print "readers, option parser, allocator paths:"
+    }
+    {
+        for (i = 1; i <= count; i++) if ($2 == name[i] && index($0, piece[i])) { explained++; printf "  %s: %s\n", name[i], why[i]; next }
+        unexplained++
+        printf "  NOT REACHED %s\n", substr($0, 1, 160)
+    }
+    END { printf "%d not reached with a reason, %d without\n", explained, unexplained; exit unexplained > 0 }'

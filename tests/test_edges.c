@@ -55,6 +55,9 @@ TEST(codes_that_do_not_exist_have_no_name)
     CHECK_STRING(mil_dtype_name((mil_dtype)12345), "?");
     CHECK(mil_status_name(MIL_OK)[0] && mil_status_text(MIL_ERROR_NO_MEMORY)[0]);
     CHECK(mil_dtype_size((mil_dtype)12345) == 0);
+    mil_context *ctx = context();
+    CHECK(mil_context_threads(ctx) >= 1);
+    mil_context_free(ctx);
 }
 
 TEST(shapes_that_no_memory_holds_have_no_count)
