@@ -87,7 +87,7 @@ RUNS := $(filter $(addsuffix %,$(addprefix test_,$(ONLY)) $(ONLY)),$(RUNS))
 endif
 LOGS := $(patsubst %,$(B)/logs/%.log,$(RUNS))
 
-.PHONY: help test double mil demo real assumption examples bench asan tsan coverage fuzz warnings macros msan failures hostile selftest valgrind matrix cpus embedded size mutate install uninstall clean FORCE
+.PHONY: help test double mil demo models real assumption examples bench asan tsan coverage fuzz warnings macros msan failures hostile selftest valgrind matrix cpus embedded size mutate install uninstall clean FORCE
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -143,6 +143,9 @@ mil: build/mil ## the command line tool, build/mil
 
 demo: build/mil ## a synthetic cohort from start to heatmap, in a minute
 	build/mil demo build/demo
+
+models: $(B)/models $(B)/models.cost ## the README's tables of models: size, AUROC, time, memory (MODEL, MIL_DATA)
+	$(B)/models table build/models $(B)/models.cost '$(MIL_DATA)' $(MODEL)
 
 real: $(B)/real ## cross-validates on published sets beside reference figures; MIL_DATA=FOLDER names them
 	$(B)/real '$(MIL_DATA)'
@@ -202,8 +205,11 @@ $(B)/bench_cblas.log: tools/bench.c mil.h | $(B)
 	    echo 'no bench over a CBLAS: $(CBLAS_LIBS) did not build (see $@)'
 	@touch $@
 
-$(B)/real $(B)/assumption: $(B)/%: tools/%.c $(B)/mil_float.o | $(B)
+$(B)/real $(B)/assumption $(B)/models: $(B)/%: tools/%.c $(B)/mil_float.o | $(B)
 	$(call LINKED,$(B)/$*.c,$(MIL_OPT))
+
+$(B)/models.cost: $(B)/models $(B)/bench
+	$(B)/models cost build/models $(B)/bench > $@
 
 $(B)/mil: tools/mil.c $(B)/mil_float.o | $(B)
 	$(call LINKED,$(B)/mil_tool.c,$(MIL_OPT))
