@@ -145,7 +145,8 @@ demo: build/mil ## a synthetic cohort from start to heatmap, in a minute
 	build/mil demo build/demo
 
 models: $(B)/models $(B)/models.cost ## the README's tables of models: size, AUROC, time, memory (MODEL, MIL_DATA)
-	$(B)/models table build/models $(B)/models.cost '$(MIL_DATA)' $(MODEL)
+	@$(B)/models table build/models $(B)/models.cost $(MODEL)
+	@$(B)/models sets '$(MIL_DATA)' $(MODEL)
 
 real: $(B)/real ## cross-validates on published sets beside reference figures; MIL_DATA=FOLDER names them
 	$(B)/real '$(MIL_DATA)'

@@ -51,8 +51,8 @@ static void write_bags(mil_context *ctx, const char *folder, unit_kind kind, uin
 
 // The control: a model that cannot break the assumption, since its one logit is the largest of its instances' (the pooling of mi-Net,
 // Wang et al. 2018): no further instance lowers it. With a logit per class it could, by a large one of the negative class. Its scorer is
-// linear, for a maximum trains badly through hidden layers. That two concepts
-// must meet (multi concept) no maximum says, but positive bags have more chances for a high score.
+// linear, for a maximum trains badly through hidden layers. A maximum cannot say that two concepts must meet (multi concept), but
+// positive bags have more chances for a high score.
 typedef struct control_config { int64_t in_dim; } control_config;
 static const mil_option control_options[] = { { "in_dim", MIL_OPTION_INT, offsetof(control_config, in_dim), "1024", "1..", "width of an instance" } };
 static void control_declare(mil_builder *b, void *model, const void *config)
@@ -73,11 +73,10 @@ static const mil_architecture control_architecture = {
 
 static int measure(const char *folder, const char *name)
 {
-    mil_context *ctx;
+    mil_context *ctx = small_context();
     int broken = 0, weak = 0;
-    if (mil_context_create(&ctx, NULL) != MIL_OK) return 1;
     tool_check(ctx, mil_register(ctx, &control_architecture));
-    char *set = small_options(ctx, name);
+    char *set = small_options(ctx, name, 2);
     printf("| `%s` |", name);
     fflush(stdout);
     for (int kind = 0; kind < UNIT_COUNT; kind++) {
@@ -118,9 +117,8 @@ static void measure_apart(const char *folder, const char *name)
 
 int main(int argc, char **argv)
 {
-    mil_context *ctx;
     if (argc < 2) tool_usage("assumption: a FOLDER to write the bags to is needed");
-    if (mil_context_create(&ctx, NULL) != MIL_OK) return 1;
+    mil_context *ctx = small_context();
     for (int kind = 0; kind < UNIT_COUNT; kind++) {
         char *path = path_join(argv[1], unit_names[kind]);
         write_bags(ctx, path, (unit_kind)kind, 100 + 10 * (uint64_t)kind);

@@ -3,8 +3,20 @@
 #define TOOL_COMPARE_H
 #include "run.h"
 
-// Small widths, so that all models train in seconds to minutes: whichever of these options a model has.
-TOOL_FN char *small_options(mil_context *ctx, const char *name)
+// A context of one thread: steps this small are over before a second one has woken up. Results do not depend on it.
+TOOL_FN mil_context *small_context(void)
+{
+    mil_context_options o = mil_context_options_default();
+    mil_context *ctx;
+    o.threads = 1;
+    const mil_status status = mil_context_create(&ctx, &o);
+    if (status != MIL_OK) tool_fail("%s", mil_status_text(status));
+    return ctx;
+}
+
+// Small widths, so that all models train in seconds to minutes: whichever of these options a model has. Two models pick k instances
+// and refuse a bag of fewer: their k is lowered to the smallest bag.
+TOOL_FN char *small_options(mil_context *ctx, const char *name, int64_t smallest_bag)
 {
     static const char *const small[][2] = { { "embed_dim", "64" }, { "mlp_dim", "64" }, { "encoder_mlp_dim", "128" }, { "attn_dim", "32" }, { "att_dim", "32" },
                                             { "attention_dim", "32" }, { "trans_dim", "8" }, { "num_landmarks", "32" }, { "feat_ext_sizes", "[64]" },
@@ -15,6 +27,8 @@ TOOL_FN char *small_options(mil_context *ctx, const char *name)
     text_put(&t, "", 0);
     for (size_t k = 0; k < sizeof small / sizeof *small; k++)
         if (has_option(mil_model_architecture(model), small[k][0])) text_add(&t, "%s=%s ", small[k][0], small[k][1]);
+    if (smallest_bag < 8 && has_option(mil_model_architecture(model), "k_sample")) text_add(&t, "k_sample=%lld ", (long long)smallest_bag);
+    if (smallest_bag < 4 && has_option(mil_model_architecture(model), "agg_type")) text_add(&t, "topk=%lld ", (long long)smallest_bag);
     mil_model_free(model);
     return t.data;
 }
