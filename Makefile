@@ -148,8 +148,8 @@ models: $(B)/models $(B)/models.cost ## the README's tables of models: size, AUR
 	@$(B)/models table build/models $(B)/models.cost $(MODEL)
 	@$(B)/models sets '$(MIL_DATA)' $(MODEL)
 
-real: $(B)/real ## cross-validates on published sets beside reference figures; MIL_DATA=FOLDER names them
-	$(B)/real '$(MIL_DATA)'
+real: $(B)/real ## cross-validates on published sets beside reference figures; MIL_DATA=FOLDER names them (SET, SEEDS)
+	$(B)/real '$(MIL_DATA)' $(if $(SEEDS),seeds=$(SEEDS)) $(SET)
 
 assumption: $(B)/assumption ## says for each model whether it respects the MIL assumption (MODEL="abmil clam" for some)
 	$(B)/assumption build/assumption $(MODEL)
