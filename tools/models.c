@@ -13,7 +13,7 @@
 #include "cohort.h"
 
 // More slides than the demo makes: from its 120 some models learn their training slides by heart and nothing else (transmil, rrt).
-enum { SLIDES = 480, EPOCHS = 6, PATIENCE = 3, SET_EPOCHS = 15 };
+enum { SLIDES = 480, EPOCHS = 12, PATIENCE = 4, SET_EPOCHS = 15 };
 enum { PATCHES = 10000, WIDTH = 1024, THREADS = 2, REPEATS = 7 };
 
 // ---- cost: asked of the bench's own server (tools/bench.c), so that there is one way to measure ------------------------------
