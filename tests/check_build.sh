@@ -69,12 +69,12 @@ one 'no private macro is left' sh -c "! $c -dM -E impl.c | grep -E '^#define (MI
 one 'object' $c -fno-pic -c impl.c -o impl.o
 one 'symbols' sh "$top/tests/check_symbols.sh" impl.o
 
-for macro in MIL_NO_STDIO MIL_NO_THREADS MIL_NO_SIMD MIL_NO_TRAINING MIL_NO_METRICS; do
+for macro in MIL_NO_STDIO MIL_NO_THREADS MIL_NO_SIMD MIL_NO_BF16 MIL_NO_TRAINING MIL_NO_METRICS; do
     one "$macro" sh -c "$c -D$macro app.c -lm -lpthread -o app_$macro && ./app_$macro"
     one "$macro, static" $c -D$macro -DMIL_STATIC -fsyntax-only impl.c
 done
 one 'MIL_NO_THREADS links without pthread' sh -c "$c -DMIL_NO_THREADS app.c -lm -o app_alone && ./app_alone"
-one 'all MIL_NO_* together' sh -c "$c -DMIL_NO_STDIO -DMIL_NO_THREADS -DMIL_NO_SIMD -DMIL_NO_TRAINING -DMIL_NO_METRICS app.c -lm -o app_least && ./app_least"
+one 'all MIL_NO_* together' sh -c "$c -DMIL_NO_STDIO -DMIL_NO_THREADS -DMIL_NO_SIMD -DMIL_NO_BF16 -DMIL_NO_TRAINING -DMIL_NO_METRICS app.c -lm -o app_least && ./app_least"
 one 'MIL_NO_STDIO object' $c -fno-pic -DMIL_NO_STDIO -c impl.c -o impl_nostdio.o
 one 'MIL_NO_STDIO: no file function' sh "$top/tests/check_symbols.sh" impl_nostdio.o nostdio
 

@@ -40,10 +40,10 @@ for cc in gcc clang; do
     else
         echo "skip $cc -m32: no 32-bit library"
     fi
-    for macro in MIL_STATIC MIL_NO_STDIO MIL_NO_THREADS MIL_NO_SIMD MIL_NO_TRAINING MIL_NO_METRICS 'MIL_ONLY_MODELS -DMIL_MODEL_ABMIL'; do
+    for macro in MIL_STATIC MIL_NO_STDIO MIL_NO_THREADS MIL_NO_SIMD MIL_NO_BF16 MIL_NO_TRAINING MIL_NO_METRICS 'MIL_ONLY_MODELS -DMIL_MODEL_ABMIL'; do
         one "$cc $macro" $cc -std=c99 -O1 -D$macro
     done
-    one "$cc embedded set" $cc -std=c99 -Os -DMIL_NO_STDIO -DMIL_NO_THREADS -DMIL_NO_SIMD -DMIL_NO_TRAINING -DMIL_NO_METRICS -DMIL_STATIC -DMIL_ONLY_MODELS -DMIL_MODEL_ABMIL
+    one "$cc embedded set" $cc -std=c99 -Os -DMIL_NO_STDIO -DMIL_NO_THREADS -DMIL_NO_SIMD -DMIL_NO_BF16 -DMIL_NO_TRAINING -DMIL_NO_METRICS -DMIL_STATIC -DMIL_ONLY_MODELS -DMIL_MODEL_ABMIL
 done
 echo "$passed passed, $failed failed"
 [ $failed = 0 ] && [ $passed != 0 ]
