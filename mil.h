@@ -7332,9 +7332,10 @@ MILI_FN void mili_pool_grad(mil_node *n, mil_node *dz)
     mil_node *p = mili_binary(scores, n->second, MILI_BINARY_weights, 0);            // exp(s - lse), 0 where lse is -inf
     if (mil_wants_grad(values)) mil_add_grad(values, mil_matmul(p, dz));
     if (mil_wants_grad(scores)) {
-        // z . dz [B, 1, K]; of one map in the order of v . dz, so that a lone instance gets 0 and no rounding error.
-        mil_node *mean = n->shape[n->rank - 2] == 1 ? mil_matmul_t(n, dz, 0, 1) : mil_transpose(mil_sum(mil_mul(n, dz), -1));
-        mil_add_grad(scores, mil_mul(p, mil_sub(mil_matmul_t(values, dz, 0, 1), mean)));
+        mil_node *mean = mil_transpose(mil_sum(mil_mul(n, dz), -1));                 // z . dz [B, 1, K]
+        mil_node *ds = mil_mul(p, mil_sub(mil_matmul_t(values, dz, 0, 1), mean));
+        // The score of a lone instance changes nothing; the difference of two sums in different orders would say otherwise.
+        mil_add_grad(scores, scores->shape[scores->rank - 2] == 1 ? mil_affine(scores, 0, 0) : ds);
     }
 }
 #endif

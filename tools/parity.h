@@ -123,8 +123,8 @@ TOOL_FN void replay_load(replay *r, mil_model *model)
     free(names);
 }
 
-// The bag of in.K. prefix: "in.", or "in.step0." for one of several steps.
-TOOL_FN mil_bag replay_bag(const replay *r, const char *prefix, mil_named_tensor *extra)
+// The bag of in.K. prefix: "in.", or "in.step0." for one of several steps. masks: whether the model takes one.
+TOOL_FN mil_bag replay_bag(const replay *r, const char *prefix, int masks, mil_named_tensor *extra)
 {
     mil_bag bag;
     memset(&bag, 0, sizeof bag);
@@ -133,7 +133,9 @@ TOOL_FN mil_bag replay_bag(const replay *r, const char *prefix, mil_named_tensor
         const mil_tensor *t = mil_tensors_at(r->file, i);
         if (!key || after_prefix(key, "rand.") || after_prefix(key, "cotangent.") || after_prefix(key, "step")) continue;
         if (strcmp(key, "features") == 0) bag.features = *t;
-        else if (strcmp(key, "mask") == 0) bag.mask = *t;
+        else if (strcmp(key, "mask") == 0) {               // a reference that has no use for masks ignores them
+            if (masks) bag.mask = *t;
+        }
         else if (strcmp(key, "coords") == 0) bag.coords = *t;
         else {
             extra[bag.extra_count].name = key;
@@ -225,7 +227,7 @@ TOOL_FN void replay_model(replay *r)
         if (after_prefix(mil_tensors_name(r->file, i), "in.step")) { replay_skip(r, "several steps in one case"); goto done; }
     }
     replay_load(r, model);
-    mil_bag bag = replay_bag(r, "in.", extra);
+    mil_bag bag = replay_bag(r, "in.", mil_model_architecture(model)->flags & MIL_MODEL_MASK, extra);
     if (bag.features.data) bag.features = replay_real(&bag.features, &features);
     const int wanted = replay_target(r, model, &target, &labels);
     if (r->fail || r->skip) goto done;
