@@ -276,6 +276,10 @@ fails 'a heatmap without coordinates' 1 'no coordinates' "$mil" heatmap --weight
 npy narrow.npy '(1, 3)' 1 2 3
 fails 'features of another width' 1 'narrow.npy: features have width 3, the model takes 64' "$mil" score --weights run/best.safetensors narrow.npy
 
+"$mil" demo small_demo --slides 24 > small_demo.txt 2>&1
+ok 'the demo ends with the command for the user'\''s own folder' grep -q 'build/mil train --data YOUR_FOLDER' small_demo.txt
+ok 'and leaves pictures' sh -c 'ls small_demo/heatmaps/*_panel.png'
+
 ok 'no temporary file is left' sh -c "test -z \"\$(find . -name '*.tmp*' -o -name '.*.??????')\""
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]

@@ -140,7 +140,7 @@ TOOL_FN int demo(mil_context *ctx, const arguments *a, const command *commands)
     const double *means = bag_means(&d);
     for (int64_t k = 0; k < s.count; k++) {
         char *leaf = tool_format("fold_%lld/best.safetensors", (long long)k), *weights = path_join(run, leaf);
-        mil_model *model = weights_open(ctx, weights, NULL, NULL);
+        mil_model *model = weights_open(ctx, weights, NULL, "");
         mil_scorer *scorer = instance_scorer(model);
         for (int64_t i = 0; i < s.at[k].test_count; i++) {
             const int64_t bag = s.at[k].test[i];
