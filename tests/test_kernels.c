@@ -11,13 +11,13 @@
 #if MIL_REAL_IS_FLOAT
 typedef double wide;
 #define WIDE(f) f
-#define EPS FLT_EPSILON
+#define EPS ((wide)FLT_EPSILON)
 #define LARGEST FLT_MAX
 enum { FRACTION = 24, LEAST = -149 };                      // bits of a real; the exponent of the least one above 0
 #else
 typedef long double wide;
 #define WIDE(f) f##l
-#define EPS DBL_EPSILON
+#define EPS ((wide)DBL_EPSILON)
 #define LARGEST DBL_MAX
 enum { FRACTION = 53, LEAST = -1074 };
 #endif
@@ -220,7 +220,7 @@ static void gemm_check(int64_t n, int64_t k, int pairs, const int64_t *sizes, in
             for (int64_t j = 0; j < n; j++) {
                 // k products, k sums (fused or not) and the block sums: each rounds by at most EPS / 2 of what there is so far.
                 const wide start = (wide)(mode == BIASED ? all_bias[j] : mode == ADDED ? all_c[i * N_ALL + j] : 0);
-                const wide want = sum_at[i * N_ALL + j] + start, tol = ((wide)k + 2) * (wide)EPS * (size_at[i * N_ALL + j] + WIDE(fabs)(start));
+                const wide want = sum_at[i * N_ALL + j] + start, tol = ((wide)k + 2) * EPS * (size_at[i * N_ALL + j] + WIDE(fabs)(start));
                 wrong += !(WIDE(fabs)((wide)base[mode][i * n + j] - want) <= tol);
             }
         if (!CHECK(wrong == 0)) gemm_say(&t);
@@ -526,7 +526,7 @@ static void updates_check(void)
             else K->scale(y, x, s, t, n);
             for (int64_t i = 0; i < n; i++) {
                 const wide product = (wide)x0[i] * (wide)(f == 1 ? z[i] : s), start = (wide)(f < 2 ? y0[i] : t);
-                wrong += !(WIDE(fabs)((wide)y[i] - (product + start)) <= (wide)EPS * (WIDE(fabs)(product) + WIDE(fabs)(start)));
+                wrong += !(WIDE(fabs)((wide)y[i] - (product + start)) <= EPS * (WIDE(fabs)(product) + WIDE(fabs)(start)));
                 alone = y0[i];
                 if (f == 0) K->axpy(&alone, s, x0 + i, 1);
                 else if (f == 1) K->mul_add(&alone, x0 + i, z + i, 1);
@@ -589,8 +589,8 @@ static void folds_check(void)
             CHECK(guards_hold());
         }
         CHECK(same_bits(folded[0], folded[1], 4));         // never by the address
-        CHECK(WIDE(fabs)((wide)folded[0][0] - sum) <= (wide)n * (wide)EPS * size);
-        CHECK(WIDE(fabs)((wide)folded[0][1] - dot) <= (wide)n * (wide)EPS * dot_size);
+        CHECK(WIDE(fabs)((wide)folded[0][0] - sum) <= (wide)n * EPS * size);
+        CHECK(WIDE(fabs)((wide)folded[0][1] - dot) <= (wide)n * EPS * dot_size);
         CHECK(folded[0][2] == top && folded[0][3] == low);
         if (n == 0) CHECK(folded[0][0] == 0 && folded[0][1] == 0 && folded[0][2] == -INF && folded[0][3] == INF);
     }
@@ -630,7 +630,7 @@ static void softmax_check(void)
                 want += (wide)y[i];
             }
             CHECK(wrong == 0);
-            CHECK(WIDE(fabs)((wide)sum - want) <= (wide)n * (wide)EPS * want);
+            CHECK(WIDE(fabs)((wide)sum - want) <= (wide)n * EPS * want);
             CHECK(guards_hold());
 
             x = reals(n, how & 1), y = how & 2 ? x : reals(n, how & 1);
@@ -640,7 +640,7 @@ static void softmax_check(void)
             for (int64_t i = 0; i < n; i++) want += WIDE(exp)((wide)from[i] - (wide)shift);
             for (int64_t i = 0; i < n; i++) {              // the difference is rounded at its size, at most 18
                 const wide p = WIDE(exp)((wide)from[i] - (wide)shift) / want;
-                wrong += !(WIDE(fabs)((wide)y[i] - p) <= ((wide)n + 18) * (wide)EPS * p);
+                wrong += !(WIDE(fabs)((wide)y[i] - p) <= ((wide)n + 18) * EPS * p);
             }
             CHECK(wrong == 0);
             for (int64_t at = 0; at < n; at++) {           // a NaN at any place spoils all, whatever else is there
