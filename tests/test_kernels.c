@@ -378,6 +378,7 @@ static int map_holds(int f, mil_real x, mil_real y, wide want)
     const bound *b = &bounds[f];
     const wide off = WIDE(fabs)((wide)y - want);
     double e, most = b->vector;
+    if (f == RELU && want == 0) return y == 0;             // of -0: what the CPU's max makes of 0 and -0
     if (b->absolute > 0 && WIDE(fabs)(want) <= 2) return off <= (wide)b->absolute;
     if ((f == GELU || f == SILU) && x < 0 && WIDE(fabs)(want) < TINY && off <= TINY_ERROR) return 1;
     if (K->tier == MIL_CPU_PLAIN) most = b->plain + (f == GELU && x < 0 ? 2 * (double)x * (double)x : 0);
