@@ -12469,9 +12469,13 @@ MILI_FN mil_param *mili_declare_list(mil_builder *b, mil_dtype dtype, int traina
     const int length = vsnprintf(name + at, sizeof name - at, key, args);
     if (b->status == MIL_OK && (length < 0 || at + (size_t)length >= sizeof name)) mil_declare_fail(b, MIL_ERROR_ARGUMENT, "parameter key %s... is too long", name);
     if (b->status != MIL_OK) return NULL;
-    const int64_t count = rank >= 0 && rank <= MIL_MAX_RANK ? mili_shape_count(rank, shape) : -1;
+    if (rank < 0 || rank > MIL_MAX_RANK) {
+        mil_declare_fail(b, MIL_ERROR_ARGUMENT, "parameter %s would have %d axes, 0 to %d are possible", name, rank, MIL_MAX_RANK);
+        return NULL;
+    }
+    const int64_t count = mili_shape_count(rank, shape);
     if (count < 1) {
-        mil_declare_fail(b, MIL_ERROR_ARGUMENT, "parameter %s would have the shape %s", name, mili_shape_text(MILI_MAX(0, MILI_MIN(rank, MIL_MAX_RANK)), shape).s);
+        mil_declare_fail(b, MIL_ERROR_ARGUMENT, "parameter %s would have the shape %s", name, mili_shape_text(rank, shape).s);
         return NULL;
     }
     b->declared += count;                                  // no sum of shapes that were accepted comes near 2^63
