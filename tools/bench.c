@@ -642,7 +642,7 @@ static void start(contender *c, char *const *argv)
 {
     static char reply[LINE];
     int to[2], from[2];
-    for (int i = 0; i < 3 && argv[i]; i++) snprintf(c->argv[i], sizeof c->argv[i], "%s", argv[i]);
+    for (int i = 0; i < 3 && argv[i]; i++) if (argv[i] != c->argv[i]) snprintf(c->argv[i], sizeof c->argv[i], "%s", argv[i]);
     if (pipe(to) || pipe(from)) die("pipe: %s", strerror(errno));
     fcntl(to[1], F_SETFD, FD_CLOEXEC);
     fcntl(from[0], F_SETFD, FD_CLOEXEC);
