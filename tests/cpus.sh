@@ -4,17 +4,19 @@
 dir=$1
 shift
 top=$(cd "$(dirname "$0")/.." && pwd)
-mkdir -p "$dir" && dir=$(cd "$dir" && pwd) && cd "$top" || exit 1
+mkdir -p "$dir" && dir=$(cd "$dir" && pwd) && cd "$top" && mkdir -p build || exit 1   # tests write below build/
 passed=0 failed=0
 tests=${*:-$(ls tests/test_*.c | sed 's|tests/test_||; s|\.c$||')}
 flags='-std=c99 -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64 -I. -Itests -O2 -static'
-table='aarch64-linux-gnu-gcc:qemu-aarch64: arm-linux-gnueabihf-gcc:qemu-arm: riscv64-linux-gnu-gcc:qemu-riscv64: s390x-linux-gnu-gcc:qemu-s390x: gcc:qemu-i386:-m32 gcc:qemu-x86_64: musl-gcc::'
+i386=i686-linux-gnu-gcc:qemu-i386:
+command -v "$(sh tests/find_cc.sh "${i386%%:*}")" > /dev/null || i386=gcc:qemu-i386:-m32
+table="aarch64-linux-gnu-gcc:qemu-aarch64: arm-linux-gnueabihf-gcc:qemu-arm: riscv64-linux-gnu-gcc:qemu-riscv64: s390x-linux-gnu-gcc:qemu-s390x: $i386 gcc:qemu-x86_64: musl-gcc::"
 for row in ${CPUS:-$table}; do
     cc=$(sh tests/find_cc.sh "${row%%:*}") rest=${row#*:}
     run=${rest%%:*} extra=${rest#*:}
     name="$cc $extra${run:+ under $run}"
     if ! command -v "$cc" > /dev/null || { [ -n "$run" ] && ! command -v "$run" > /dev/null; } ||
-       ! printf 'int main(void) { return 0; }' | $cc $extra -static -x c - -o "$dir/try" 2> /dev/null; then
+       ! printf '#include <errno.h>\nint main(void) { return 0; }' | $cc $extra -static -x c - -o "$dir/try" 2> /dev/null; then
         echo "skip $name: not installed"
         continue
     fi

@@ -34,11 +34,11 @@ for cc in gcc clang; do
     for std in c++11 c++17; do one "$cc $std" $cc -x c++ -std=$std -O1 -lstdc++; done
     one "$cc double" $cc -std=c99 -O2 -DMIL_REAL=double
     one "$cc C++11 double" $cc -x c++ -std=c++11 -O1 -DMIL_REAL=double -lstdc++
-    if printf '#include <stdlib.h>\nint main(void) { return 0; }' | $cc -m32 -x c - -o "$dir/try" 2> /dev/null; then
+    if printf '#include <errno.h>\nint main(void) { return 0; }' | $cc -m32 -x c - -o "$dir/try" 2> /dev/null; then
         for opt in -O0 -O2 -Os; do one "$cc -m32 $opt" $cc -m32 -std=c99 $opt -msse2 -mfpmath=sse; done
         one "$cc -m32 x87" $cc -m32 -std=c99 -O2 -mno-sse -mfpmath=387 -DMIL_NO_SIMD
     else
-        echo "skip $cc -m32: no 32-bit library"
+        echo "skip $cc -m32: no headers or library for 32 bits"
     fi
     for macro in MIL_STATIC MIL_NO_STDIO MIL_NO_THREADS MIL_NO_SIMD MIL_NO_BF16 MIL_NO_TRAINING MIL_NO_METRICS 'MIL_ONLY_MODELS -DMIL_MODEL_ABMIL'; do
         one "$cc $macro" $cc -std=c99 -O1 -D$macro

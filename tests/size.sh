@@ -37,7 +37,7 @@ int main(int argc, char **argv)
     return y[0] > 0;
 }
 END
-least='-DMIL_NO_STDIO -DMIL_NO_THREADS -DMIL_NO_BF16 -DMIL_NO_TRAINING -DMIL_NO_METRICS'
+least='-DMIL_NO_STDIO -DMIL_NO_THREADS -DMIL_NO_TRAINING -DMIL_NO_METRICS'
 one='-DMIL_ONLY_MODELS -DMIL_MODEL_ABMIL'
 os='-std=c99 -Os -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables -fno-pie -no-pie -I.'
 text() { $CC $os "$@" 2> "$dir/out.txt" && size "$dir/size.out" | awk 'NR == 2 { print $1 }'; }
@@ -45,6 +45,7 @@ linked() { text "$@" "$dir/score.c" -Wl,--gc-sections -o "$dir/size.out" -lm -lp
 whole() { text "$@" -c "$dir/impl.c" -o "$dir/size.out"; }
 check 'scoring, abmil alone, embedded set' "$(linked $least $one -DMIL_STATIC)" 122880 'bytes of text'
 check 'scoring, abmil alone, embedded set, no SIMD' "$(linked $least $one -DMIL_STATIC -DMIL_NO_SIMD)" 112640 'bytes of text'
+check 'scoring, abmil alone, with files and threads' "$(linked -DMIL_NO_TRAINING -DMIL_NO_METRICS $one -DMIL_STATIC)" 126976 'bytes of text'
 check 'scoring, every model, embedded set' "$(linked $least -DMIL_STATIC)" 225280 'bytes of text'
 check 'the object: MIL_NO_TRAINING, MIL_NO_METRICS' "$(whole -DMIL_NO_TRAINING -DMIL_NO_METRICS)" 256000 'bytes of text'
 check 'the object: everything' "$(whole)" 307200 'bytes of text'
