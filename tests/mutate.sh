@@ -13,20 +13,20 @@ flags='-std=c99 -D_POSIX_C_SOURCE=200809L -Itests -w'
 
 # A test is VARIANT:NAME; f float, d double, F and D the same for a private test, which has the implementation in itself.
 # Everything, quick ones first; before these a mutant meets the tests of its own room.
-all=
+all= late=
 for t in ${TESTS:-selftest hostile scorer loss metrics train failures threads errors model extending layers_attention \
-         models_torchmil_abmil models_millab2 ops_attention ops_tokens models_millab1 files edges tape ops backend}; do
+         models_torchmil_abmil models_millab2 ops_attention ops_tokens models_millab1 files edges tape kernels ops backend}; do
     asks=$(sed -n '1s/^\/\/ build: *//p' "tests/test_$t.c")
     case $asks in *private*) f=F d=D ;; *) f=f d=d ;; esac
     all="$all $f:$t"
     case $t in tape|backend|model|models_millab1) continue ;; esac       # where double sees no more than float, or is slow
     case $asks in *double*) late="$late $d:$t" ;; esac
 done
-all="$all$late d:models_millab1"
+all="$all$late"
 near() {                                                   # near ROOM: the tests most likely to see a mutant there
     case $1 in
     platform)               echo f:errors f:threads f:failures f:scorer F:edges F:files ;;
-    kernels)                echo f:selftest f:ops_tokens f:scorer F:ops ;;
+    kernels)                echo f:selftest F:kernels f:ops_tokens f:scorer F:ops ;;
     record|plan|execute)    echo f:errors f:scorer f:models_millab2 f:tape ;;
     op-table)               echo f:ops_attention f:ops_tokens d:ops_attention d:ops_tokens F:ops D:ops ;;
     layer-code)             echo f:layers_attention d:layers_attention f:models_millab2 f:models_millab1 ;;
@@ -44,20 +44,23 @@ near() {                                                   # near ROOM: the test
 blind() {
     case $1 in
     layer-code|json|file-code|model-code|model-blocks|loss-code|train-code|score-code|metric-code)
-        echo ' F:ops D:ops f:backend f:ops_attention f:ops_tokens d:ops_attention d:ops_tokens f:tape ' ;;
+        echo ' F:ops D:ops F:kernels f:backend f:ops_attention f:ops_tokens d:ops_attention d:ops_tokens f:tape ' ;;
     esac
 }
 
-# build: makes mil_NAME.o of $work/mil.h or a program of its own once per mutant. No optimiser: compiling is most of the cost.
-object() { [ -f "$work/mil_$1.o" ] || $CC $flags $2 -I"$work" -O0 -c -o "$work/mil_$1.o" tests/mil_impl.c 2> /dev/null; }
+# slow ROOM: half a minute of finite differences through whole models, for the rooms whose gradients nothing else checks.
+slow() { case $1 in op-table|layer-code|model-blocks) echo d:models_millab1 ;; esac; }
+
+# build: makes mil_NAME.o of $work/mil.h or a program of its own once per mutant. No optimiser where compiling is most of the cost.
+object() { [ -f "$work/mil_$1.o" ] || $CC $flags $2 -I"$work" -c -o "$work/mil_$1.o" tests/mil_impl.c 2> /dev/null; }
 build() {
     case $1 in
-    f) object f && $CC -o "$work/one" "$dir/f_$2.o" "$work/mil_f.o" -lm -lpthread ;;
-    d) object d -DMIL_REAL=double && $CC -o "$work/one" "$dir/d_$2.o" "$work/mil_d.o" -lm -lpthread ;;
+    f) object f -O0 && $CC -o "$work/one" "$dir/f_$2.o" "$work/mil_f.o" -lm -lpthread ;;
+    d) object d '-DMIL_REAL=double -O1' && $CC -o "$work/one" "$dir/d_$2.o" "$work/mil_d.o" -lm -lpthread ;;
     F|D) own= ; [ "$1" = D ] && own=-DMIL_REAL=double
         sed 's|"../mil.h"|"mil.h"|' "tests/test_$2.c" > "$work/test_$2.c"
         opt=-O0
-        [ "$2" = ops ] && opt=-O1                          # long enough to be worth it
+        case $2 in ops|kernels) opt=-O1 ;; esac            # long enough to be worth it
         $CC $flags $own -I"$work" $opt -o "$work/one" "$work/test_$2.c" -lm -lpthread ;;
     esac > "$work/out.txt" 2>&1
 }
@@ -69,9 +72,10 @@ folder() { work="$dir/$1"; mkdir -p "$work/build" && ln -sfn "$top/tests" "$work
 suite() {
     rm -f "$work"/mil_?.o
     met=" $(blind "$1")"
-    for noticed in $(near "$1") $all; do
+    slow=$(slow "$1")
+    for noticed in $(near "$1") $all $slow; do
         case $met in *" $noticed "*) continue ;; esac
-        case " $all " in *" $noticed "*) ;; *) continue ;; esac
+        case " $all $slow " in *" $noticed "*) ;; *) continue ;; esac
         met="$met$noticed "
         build "${noticed%%:*}" "${noticed#*:}" || return
         ( cd "$work" && ulimit -t "${TEST_SECONDS:-120}" && ulimit -v 8000000; exec timeout 1800 ./one ) < /dev/null > "$work/out.txt" 2>&1 || return
@@ -97,7 +101,7 @@ case $mutants in worker)                                   # a process of its ow
     ;;
 esac
 
-for t in $all; do
+for t in $all d:models_millab1; do
     case $t in
     f:*) $CC $flags -I. -O1 -c -o "$dir/f_${t#*:}.o" "tests/test_${t#*:}.c" || exit 1 ;;
     d:*) $CC $flags -DMIL_REAL=double -I. -O1 -c -o "$dir/d_${t#*:}.o" "tests/test_${t#*:}.c" || exit 1 ;;
