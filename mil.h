@@ -12482,7 +12482,7 @@ MILI_FN mil_param *mili_declare_list(mil_builder *b, mil_dtype dtype, int traina
     }
     const int64_t count = mili_shape_count(rank, shape);
     if (count < 1) {
-        mil_declare_fail(b, MIL_ERROR_ARGUMENT, "parameter %s would have the shape %s", name, mili_shape_text(rank, shape).s);
+        mil_declare_fail(b, MIL_ERROR_ARGUMENT, "parameter %s would have the shape %s, empty or beyond any memory", name, mili_shape_text(rank, shape).s);
         return NULL;
     }
     b->declared += count;                                  // no sum of shapes that were accepted comes near 2^63

@@ -15,19 +15,20 @@ static mil_node *record_attention(mil_tape *tape, const grad_case *c, mil_node *
 static void reference_attention(const grad_case *c, mil_real *const *x, const mil_real *y, int64_t count)
 {
     const int64_t B = c->shape[0][0], N = c->shape[0][1], H = c->i[0], d = c->shape[0][2] / H, M = c->shape[1][1], e = c->shape[2][2] / H;
+    static const double low = -1e300;                      // a variable: with x87 arithmetic the constant has more bits
     double *p = (double *)malloc((size_t)(M + 1) * sizeof *p);
     const double scale = c->r[1] != 0 ? c->r[1] : 1 / sqrt((double)d);
     CHECK(count == B * N * H * e);
     for (int64_t b = 0; b < B; b++) for (int64_t h = 0; h < H; h++) for (int64_t i = 0; i < N; i++) {
-        double top = -1e300, sum = 0;
+        double top = low, sum = 0;
         for (int64_t j = 0; j < M; j++) {
             p[j] = 0;
             for (int64_t l = 0; l < d; l++) p[j] += (double)x[0][(b * N + i) * H * d + h * d + l] * (double)x[1][(b * M + j) * H * d + h * d + l];
             p[j] *= scale;
-            if (c->count > 3 && x[3][b * M + j] == 0) p[j] = -1e300;
+            if (c->count > 3 && x[3][b * M + j] == 0) p[j] = low;
             else if (p[j] > top) top = p[j];
         }
-        for (int64_t j = 0; j < M; j++) sum += p[j] = p[j] == -1e300 ? 0 : exp(p[j] - top);
+        for (int64_t j = 0; j < M; j++) sum += p[j] = p[j] == low ? 0 : exp(p[j] - top);
         for (int64_t l = 0; l < e; l++) {
             double o = 0;
             for (int64_t j = 0; j < M; j++) o += p[j] * (double)x[2][(b * M + j) * H * e + h * e + l];

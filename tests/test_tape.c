@@ -374,8 +374,10 @@ TEST(a_tape_larger_than_all_memory_is_refused)
     CHECK_CONTAINS(mil_error(ctx), "more memory than has addresses");
     CHECK(mil_tape_run(tape) == MIL_ERROR_NO_MEMORY);
     mil_tape_reset(tape);
-    mil_node_keep(mil_softmax(matrix(tape, 2, huge), 1));  // one wide row: a tile of it wraps
-    CHECK(mil_tape_run(tape) == MIL_ERROR_NO_MEMORY);
+    if (sizeof(size_t) > 4) {                              // 2^56 numbers in a row: a tile of it wraps; 2^24 there may be room for
+        mil_node_keep(mil_softmax(matrix(tape, 2, huge), 1));
+        CHECK(mil_tape_run(tape) == MIL_ERROR_NO_MEMORY);
+    }
     mil_tape_free(tape);
     mil_context_free(ctx);
 }
@@ -727,7 +729,11 @@ static mil_node *err_mask(mil_tape *t) { return mil_mask_fill(matrix(t, 1, 4), m
 static mil_node *err_batches(mil_tape *t) { const int64_t a[3] = { 2, 3, 4 }, b[3] = { 3, 4, 5 }; return mil_matmul(mil_constant(t, 3, a, 1), mil_constant(t, 3, b, 1)); }
 static mil_node *err_rank(mil_tape *t) { const int64_t s[9] = { 1, 1, 1, 1, 1, 1, 1, 1, 1 }; return mil_constant(t, 9, s, 1); }
 static mil_node *err_huge(mil_tape *t) { return matrix(t, INT64_MAX / 4, 1000); }
-static mil_node *err_product(mil_tape *t) { return mil_mul(matrix(t, 3000000000, 1), matrix(t, 1, 3000000000)); }
+static mil_node *err_product(mil_tape *t)
+{
+    const int64_t n = sizeof(size_t) > 4 ? 3000000000 : 30000000;
+    return mil_mul(matrix(t, n, 1), matrix(t, 1, n));
+}
 
 TEST(each_wrong_call_has_its_sentence)
 {
@@ -767,7 +773,7 @@ TEST(each_wrong_call_has_its_sentence)
         { err_batches, MIL_ERROR_SHAPE, "matmul: [2, 3, 4] by [3, 4, 5]: leading axes do not broadcast" },
         { err_rank, MIL_ERROR_SHAPE, "constant: rank 9, the most is 8" },
         { err_huge, MIL_ERROR_SHAPE, "is negative or too large" },
-        { err_product, MIL_ERROR_SHAPE, "mul: shape [3000000000, 3000000000] is negative or too large" },
+        { err_product, MIL_ERROR_SHAPE, sizeof(size_t) > 4 ? "mul: shape [3000000000, 3000000000] is negative or too large" : "mul: shape [30000000, 30000000] is negative or too large" },
     };
     mil_context *ctx = context_new(1);
     for (int i = 0; i < COUNT(wrong); i++) {
