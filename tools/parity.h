@@ -147,6 +147,9 @@ TOOL_FN mil_bag replay_bag(const replay *r, const char *prefix, int masks, mil_n
 }
 
 // The same tensor in the arithmetic type, packed: what an input that wants a gradient has to be. The memory is the caller's to free.
+// What a file gives as a number, as a class: beyond the integers, and NaN, is none.
+TOOL_FN int64_t replay_integer(double x) { return x > -9e15 && x < 9e15 ? (int64_t)x : -1; }
+
 TOOL_FN mil_tensor replay_real(const mil_tensor *t, mil_real **memory)
 {
     const int64_t n = mil_tensor_count(t);
@@ -190,7 +193,7 @@ TOOL_FN int replay_target(replay *r, const mil_model *model, mil_target *target,
         double x = 0;
         if (!item->value || !parse_real(item->value, &x)) { replay_skip(r, "a target that is no number"); return 0; }
         labels->values[k] = x;
-        labels->classes[k] = (int64_t)x;
+        labels->classes[k] = replay_integer(x);
     }
     *target = loss == MIL_LOSS_BCE ? mil_target_value(labels->values[0]) : mil_target_class(labels->classes[0]);
     target->loss = loss;

@@ -117,7 +117,7 @@ static int64_t *fn_integers(const replay *r, const char *name, int64_t *n)
 {
     double *x = fn_doubles(r, name, n);
     int64_t *y = TOOL_NEW(int64_t, *n);
-    for (int64_t i = 0; i < *n; i++) y[i] = (int64_t)x[i];
+    for (int64_t i = 0; i < *n; i++) y[i] = replay_integer(x[i]);
     free(x);
     return y;
 }
