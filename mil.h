@@ -3958,14 +3958,14 @@ MILI_FN mil_status mili_tape_report(const mil_tape *tape)
     return tape->status == MIL_OK ? MIL_OK : mili_fail(tape->ctx, tape->status, "%s", tape->error);
 }
 
-typedef struct mili_text { char s[160]; } mili_text;
+typedef struct mili_text { char s[200]; } mili_text;       // eight axes of any length
 
 MILI_FN mili_text mili_shape_text(int rank, const int64_t *shape)          // "[1000, 512]"
 {
     mili_text t;
     size_t at = 0;
     t.s[at++] = '[';
-    for (int a = 0; a < rank && at < sizeof t.s - 24; a++)
+    for (int a = 0; a < rank; a++)
         at += (size_t)snprintf(t.s + at, sizeof t.s - at, a ? ", %lld" : "%lld", (long long)shape[a]);
     t.s[at++] = ']';
     t.s[at] = 0;
@@ -6104,8 +6104,8 @@ MILI_FN void mili_binary_span(const mili_kernels *K, int64_t kind, double param,
     case MILI_BINARY_maximum:   MILI_PAIRS(v >= w || mili_is_nan(v) ? v : w); break;
     case MILI_BINARY_minimum:   MILI_PAIRS(v <= w || mili_is_nan(v) ? v : w); break;
     case MILI_BINARY_mask_fill: MILI_PAIRS(w != 0 ? v : p); break;
-    case MILI_BINARY_weights:   MILI_PAIRS(w == -MILI_INF ? 0 : v - w);              // softmax from its log-sum-exp: e^(v - w), 0 where w is -inf
-                                for (int64_t i = 0; i < n; i++) if (b[i * sb] == -MILI_INF) y[i] = -MILI_INF;
+    case MILI_BINARY_weights:   MILI_PAIRS(mili_is_low(w) ? 0 : v - w);              // softmax from its log-sum-exp: e^(v - w), 0 where w is -inf
+                                for (int64_t i = 0; i < n; i++) if (mili_is_low(b[i * sb])) y[i] = -MILI_INF;
                                 K->exp(y, y, n); break;
     case MILI_BINARY_drop:      MILI_PAIRS(w < p ? 0 : v * (1 / (1 - p))); break;
     case MILI_BINARY_broadcast: MILI_PAIRS(v); break;
@@ -6279,7 +6279,7 @@ MILI_FN mil_node *mili_binary(mil_node *a, mil_node *b, mili_binary_kind kind, d
     int64_t shape[MIL_MAX_RANK];
     if (!mili_broadcast_shape(a, b, &rank, shape))
         return mil_tape_fail(a->tape, MIL_ERROR_SHAPE, "%s: %s and %s do not broadcast", mili_binary_ops[kind].name, MILI_SHAPE(a), MILI_SHAPE(b));
-    if (kind == MILI_BINARY_mask_fill && mili_shape_count(rank, shape) != a->count)
+    if (kind == MILI_BINARY_mask_fill && (rank != a->rank || mili_shape_count(rank, shape) != a->count))
         return mil_tape_fail(a->tape, MIL_ERROR_SHAPE, "mask_fill: the mask %s does not broadcast to %s", MILI_SHAPE(b), MILI_SHAPE(a));
     return mili_binary_record(a, b, kind, rank, shape, param);
 }
@@ -6331,7 +6331,7 @@ MIL_DEF mil_node *mil_reshape(mil_node *x, int rank, const int64_t *shape)
     for (int i = 0; ok && i < rank; i++) {
         to[i] = shape[i];
         if (shape[i] == -1 && open < 0) open = i;
-        else if (shape[i] < 0) ok = 0;
+        else if (shape[i] < 0 || (shape[i] > 0 && known > INT64_MAX / shape[i])) ok = 0;
         else known *= shape[i];                            // checked below, against the count
         if (known > x->count && x->count > 0) ok = 0;
     }
@@ -6490,6 +6490,7 @@ MIL_DEF mil_node *mil_concat(mil_node *const *x, int count, int axis)
     int held[12] = { 0 };
     if (count < 1 || !x || !x[0]) return NULL;
     for (int k = 1; k < count; k++) if (!mili_have(x[0], x[k], "concat")) return NULL;
+    if (mili_axis(x[0], axis, "concat") < 0) return NULL;
     for (int k = 0; k < count; k++) {
         mil_node *n = x[k];
         int l = 0;
@@ -6584,8 +6585,8 @@ MIL_DEF mil_node *mil_pad(mil_node *x, int axis, int64_t before, int64_t after)
     if (!x) return NULL;
     const int a = mili_axis(x, axis, "pad");
     if (a < 0) return NULL;
-    if (before < 0 || after < 0 || before > INT32_MAX || after > INT32_MAX)
-        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "pad: %lld and %lld zeros", (long long)before, (long long)after);
+    if (before < 0 || after < 0 || before > INT64_MAX / 16 || after > INT64_MAX / 16)
+        return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "pad: %lld and %lld zeros: negative or too many", (long long)before, (long long)after);
     return before + after == 0 ? x : mili_along(x, &mili_op_pad, a, before, before + x->shape[a] + after);
 }
 
@@ -6654,9 +6655,9 @@ MILI_FN void mili_reduction_begin(const mil_exec *x)
 // Adds the pair (maximum m, sum s of exp(x - m)) of a log-sum-exp to another.
 MILI_INLINE void mili_logsumexp_add(mil_real *top, mil_real *sum, mil_real m, mil_real s)
 {
-    if (m == -MILI_INF) return;
-    if (m <= *top) { *sum += m == *top ? s : s * mili_exp(m - *top); return; }     // equal: also when both are infinite
-    *sum = *top == -MILI_INF ? s : *sum * mili_exp(*top - m) + s;
+    if (mili_is_low(m)) return;
+    if (m <= *top && !mili_is_nan(m)) { *sum += m == *top ? s : s * mili_exp(m - *top); return; }     // equal: also when both are infinite
+    *sum = mili_is_low(*top) ? s : *sum * mili_exp(*top - m) + s;
     *top = m;                                              // also when m is NaN: it stays
 }
 
@@ -6722,7 +6723,7 @@ MILI_FN void mili_reduction_finish(const mil_exec *x)
     for (int64_t j = 0; j < inner; j++) {
         switch ((mili_reduction_kind)kind) {
         case MILI_REDUCTION_mean:      MILI_OUT(x)[j] = value[j] / (mil_real)x->all_rows; break;
-        case MILI_REDUCTION_logsumexp: MILI_OUT(x)[j] = value[j] == -MILI_INF ? value[j] : value[j] + mili_log(sum[j]); break;
+        case MILI_REDUCTION_logsumexp: MILI_OUT(x)[j] = mili_is_low(value[j]) ? value[j] : value[j] + mili_log(sum[j]); break;
         case MILI_REDUCTION_argmax:    ((int64_t *)x->out)[j] = MILI_MAX(at[j], 0); break;
         default:
             MILI_OUT(x)[j] = value[j];
@@ -7016,11 +7017,14 @@ MILI_FN mil_node *mili_linear(mil_node *x, mil_node *w, mil_node *bias, int tran
     x = mili_real(x);
     w = mili_real(w);
     if (!x || !w) return NULL;
-    const int64_t in = transposed ? w->cols : w->rank > 1 ? w->shape[w->rank - 2] : 0, out = transposed ? w->rows : w->cols;
-    if (x->rank < 1 || w->rank < 2 || w->count != in * out || x->cols != in)
+    if (w->rank < 2) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "linear: the weight %s is not [out, in]", MILI_SHAPE(w));
+    const int64_t rows = w->shape[w->rank - 2], in = transposed ? w->cols : rows, out = transposed ? rows : w->cols;
+    if (w->count != in * out) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "linear: the weight %s is more than one matrix", MILI_SHAPE(w));
+    if (x->rank < 1 || x->cols != in)
         return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "linear: x %s by weight %s: %lld and %lld differ", MILI_SHAPE(x), MILI_SHAPE(w),
                              (long long)(x->rank ? x->cols : 0), (long long)in);
     if (bias && bias->count != out) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "linear: weight %s and bias %s do not fit", MILI_SHAPE(w), MILI_SHAPE(bias));
+    if (bias && !(bias = mil_reshape(bias, 1, &out))) return NULL;
     mil_spec s = mil_spec_make(&mili_op_linear, MIL_KIND_ROWS, x->rank, x->shape);
     s.shape[x->rank - 1] = out;
     s.input_count = bias ? 3 : 2;
@@ -7293,11 +7297,11 @@ MILI_FN void mili_pool_step(const mil_exec *x)
             for (int64_t r = begin; r < end; r++) {
                 const mil_real v = scores[r * s.K + k];
                 weight[r - begin] = v;
-                if (v > m || mili_is_nan(v)) m = v;        // a NaN becomes the maximum, and with it the result, on purpose
+                if (mili_is_nan(v) || (v > m && !mili_is_nan(m))) m = v;             // a NaN becomes the maximum, and with it the result, on purpose
             }
-            if (m == -MILI_INF) continue;                  // only masked rows so far
-            if (m != top[k]) {
-                const mil_real scale = top[k] == -MILI_INF ? 0 : mili_exp(top[k] - m);
+            if (mili_is_low(m)) continue;                  // only masked rows so far
+            if (m != top[k] || mili_is_nan(m)) {
+                const mil_real scale = mili_is_low(top[k]) ? 0 : mili_exp(top[k] - m);
                 sum[k] *= scale;
                 K->scale(z + k * s.E, z + k * s.E, scale, 0, s.E);                   // z = scale z + 0
                 top[k] = m;
@@ -7316,14 +7320,14 @@ MILI_FN void mili_pool_merge(const mil_exec *x, void *into, const void *from)
     mil_real *top = (mil_real *)into, *sum = top + s.K, *z = sum + s.K;
     const mil_real *top2 = (const mil_real *)from, *sum2 = top2 + s.K, *z2 = sum2 + s.K;
     for (int64_t k = 0; k < s.K; k++) {
-        if (top2[k] == -MILI_INF) continue;
-        if (top[k] == -MILI_INF) {
+        if (mili_is_low(top2[k])) continue;
+        if (mili_is_low(top[k])) {
             top[k] = top2[k];
             sum[k] = sum2[k];
             memcpy(z + k * s.E, z2 + k * s.E, (size_t)s.E * sizeof *z);
             continue;
         }
-        const mil_real m = top2[k] > top[k] || mili_is_nan(top2[k]) ? top2[k] : top[k];
+        const mil_real m = mili_is_nan(top2[k]) || (top2[k] > top[k] && !mili_is_nan(top[k])) ? top2[k] : top[k];
         const mil_real scale = mili_exp(top[k] - m), scale2 = mili_exp(top2[k] - m);
         sum[k] = sum[k] * scale + sum2[k] * scale2;
         K->scale(z + k * s.E, z + k * s.E, scale, 0, s.E);
@@ -7338,7 +7342,7 @@ MILI_FN void mili_pool_finish(const mil_exec *x)
     const mili_pool_shape s = mili_pool_sizes(x->node);
     const mil_real *top = (const mil_real *)x->state, *sum = top + s.K, *z = sum + s.K;
     for (int64_t k = 0; k < s.K; k++) {
-        const int masked = top[k] == -MILI_INF;            // no rows, or every score -inf: zeros
+        const int masked = mili_is_low(top[k]);            // no rows, or every score -inf: zeros
         MILI_K(x)->scale(MILI_OUT(x) + k * s.E, z + k * s.E, masked ? 0 : 1 / sum[k], 0, s.E);
         if (x->second) ((mil_real *)x->second)[k] = masked ? top[k] : top[k] + mili_log(sum[k]);
     }
@@ -7355,7 +7359,7 @@ MILI_FN void mili_pool_grad(mil_node *n, mil_node *dz)
         mil_node *mean = mil_transpose(mil_sum(mil_mul(n, dz), -1));                 // z . dz [B, 1, K]
         mil_node *ds = mil_mul(p, mil_sub(mil_matmul_t(values, dz, 0, 1), mean));
         // The score of a lone instance changes nothing; the difference of two sums in different orders would say otherwise.
-        mil_add_grad(scores, scores->shape[scores->rank - 2] == 1 ? mil_affine(scores, 0, 0) : ds);
+        mil_add_grad(scores, scores->shape[scores->rank - 2] == 1 ? mil_constant(scores->tape, scores->rank, scores->shape, 0) : ds);
     }
 }
 #endif
@@ -7466,6 +7470,7 @@ MIL_DEF mil_node *mil_layer_norm(mil_node *x, mil_node *weight, mil_node *bias, 
     if (affine && (!weight || !bias)) return NULL;
     if (x->rank < 1 || x->cols < 1 || (affine && (weight->count != x->cols || bias->count != x->cols)))
         return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "layer_norm: x %s, weight %s, bias %s", MILI_SHAPE(x), affine ? MILI_SHAPE(weight) : "none", affine ? MILI_SHAPE(bias) : "none");
+    if (affine && !((weight = mil_reshape(weight, 1, &x->cols)) && (bias = mil_reshape(bias, 1, &x->cols)))) return NULL;
     mil_spec s = mil_spec_make(&mili_op_layer_norm, MIL_KIND_ROWS, x->rank, x->shape);
     s.input_count = affine ? 3 : 1;
     s.input[0] = x;
@@ -7554,7 +7559,7 @@ MIL_DEF mil_node *mil_scatter_add(mil_node *x, mil_node *index, int axis, int64_
     if (!x || !index) return NULL;
     const int a = mili_axis(x, axis, "scatter_add");
     if (a < 0) return NULL;
-    if (x->shape[a] != index->count || length < 0)
+    if (index->rank != 1 || x->shape[a] != index->count || length < 0)
         return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "scatter_add: axis %d of %s by index %s to length %lld", a, MILI_SHAPE(x), MILI_SHAPE(index), (long long)length);
     mil_spec s = mil_spec_make(&mili_op_scatter_add, MIL_KIND_WHOLE, x->rank, x->shape);
     s.shape[a] = length;
@@ -7683,16 +7688,21 @@ MIL_DEF mil_node *mil_random_permutation(mil_tape *tape, const char *name, int64
     return mili_draw_node(tape, name, &mili_op_permutation, MIL_KIND_WHOLE, MIL_I64, 0, 1, &n, &supplied);
 }
 
-// A supplied draw is the mask itself (1 = kept); the library's own is uniform and compared with the rate in the kernel.
+// One draw for all elements of x that an element of `shape` is broadcast to. A supplied draw is the mask itself (1 = kept); the
+// library's own is uniform and compared with the rate in the kernel.
+MILI_FN mil_node *mili_dropout(mil_node *x, const int64_t *shape, double rate, const char *name)
+{
+    if (!(rate > 0 && rate < 1)) return mil_tape_fail(x->tape, MIL_ERROR_ARGUMENT, "dropout: the rate %g is not in [0, 1)", rate);
+    int supplied;
+    mil_node *draw = mili_draw_node(x->tape, name, &mili_op_random, MIL_KIND_ROWS, MIL_REAL_DTYPE, 0, x->rank, shape, &supplied);
+    if (!draw) return NULL;
+    return supplied ? mil_affine(mil_mask_fill(x, draw, 0), 1 / (1 - rate), 0) : mili_binary(x, draw, MILI_BINARY_drop, rate);
+}
+
 MIL_DEF mil_node *mil_dropout(mil_node *x, double rate, const char *name)
 {
     x = mili_real(x);
-    if (!x || !MILI_IS_TRAINING(x->tape) || rate == 0) return x;
-    if (!(rate > 0 && rate < 1)) return mil_tape_fail(x->tape, MIL_ERROR_ARGUMENT, "dropout: the rate %g is not in [0, 1)", rate);
-    int supplied;
-    mil_node *draw = mili_draw_node(x->tape, name, &mili_op_random, MIL_KIND_ROWS, MIL_REAL_DTYPE, 0, x->rank, x->shape, &supplied);
-    if (!draw) return NULL;
-    return supplied ? mil_affine(mil_mask_fill(x, draw, 0), 1 / (1 - rate), 0) : mili_binary(x, draw, MILI_BINARY_drop, rate);
+    return x && MILI_IS_TRAINING(x->tape) && rate != 0 ? mili_dropout(x, x->shape, rate, name) : x;
 }
 
 // ---- attention ----
@@ -8451,7 +8461,7 @@ MIL_DEF mil_node *mil_run_mean(mil_node *x, int64_t runs, int64_t before)
 {
     x = mili_real(x);
     if (!x) return NULL;
-    if (x->rank != 3 || runs < 1 || before < 0 || before + x->shape[1] < runs || (before + x->shape[1]) % runs)
+    if (x->rank != 3 || runs < 1 || before < 0 || before > INT64_MAX / 16 || before + x->shape[1] < runs || (before + x->shape[1]) % runs)
         return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "run_mean: %lld runs of %s after %lld zeros", (long long)runs, MILI_SHAPE(x), (long long)before);
     mil_spec s = mil_spec_make(&mili_op_run_mean, MIL_KIND_REDUCE, 3, x->shape);
     s.outer = x->shape[0];
@@ -8706,6 +8716,7 @@ MIL_DEF mil_node *mil_conv_rows(mil_node *x, mil_node *weight, mil_node *bias, i
 {
     if (!x || !weight) return NULL;
     if (x->rank != 3 || weight->rank < 1 || weight->shape[0] < 1) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "conv_rows: x %s, weight %s: needs [B, N, C] and [G, 1, k]", MILI_SHAPE(x), MILI_SHAPE(weight));
+    if (before < -INT32_MAX || before > INT32_MAX) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "conv_rows: %lld taps before", (long long)before);
     return mili_conv_record(x, weight, bias, x->shape, 0, 1, weight->count / weight->shape[0], 1, before, 0, 0);
 }
 
@@ -8880,7 +8891,7 @@ MILI_FN void mili_gather_rows_run(const mil_exec *x)
             const int64_t at = MILI_IN_INDEX(x, 1)[r * k + j];
             mil_real *y = MILI_OUT(x) + (r * k + j) * E;
             if (at >= 0 && at < N) memcpy(y, MILI_IN(x, 0) + (b * N + at) * E, (size_t)E * sizeof *y);
-            else for (int64_t c = 0; c < E; c++) y[c] = MILI_INF - MILI_INF;
+            else for (int64_t c = 0; c < E; c++) y[c] = MILI_NAN;
         }
     }
 }
@@ -8962,8 +8973,8 @@ MILI_FN void mili_svm_run(const mil_exec *x)
         const int64_t y = MILI_IN_INDEX(x, 1)[r];
         mil_real first = -MILI_INF, second = -MILI_INF, top = -MILI_INF, sum = 0, *out = MILI_OUT(x) + r * n->cols;
         int64_t at = 0;
-        if (y < 0 || y >= C) {
-            for (int64_t j = 0; j < n->cols; j++) out[j] = MILI_INF - MILI_INF;
+        if (y < 0 || y >= C || mili_is_nan(s[mili_row_argmax(s, C, 0)])) {
+            for (int64_t j = 0; j < n->cols; j++) out[j] = MILI_NAN;
             continue;
         }
         for (int64_t j = 0; j < C; j++) {
@@ -9029,7 +9040,7 @@ MIL_DEF mil_node *mil_drop_path(mil_node *x, double rate, const char *draw)
     if (x->rank < 1) return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "drop_path: of a scalar");
     int64_t shape[MIL_MAX_RANK];
     for (int a = 0; a < x->rank; a++) shape[a] = a ? 1 : x->shape[0];
-    return mil_mul(x, mil_dropout(mil_constant(x->tape, x->rank, shape, 1), rate, draw));
+    return mili_dropout(x, shape, rate, draw);
 }
 
 // ---- the list of all ops ----
@@ -9098,15 +9109,23 @@ MIL_DEF mil_node *mil_activate(mil_node *x, mil_activation activation)
     return x;
 }
 
+// The caller's key as text; one that would be cut is refused, as it would be another key.
+#define MILI_KEY(name, key)                                                                                                \
+    char name[128];                                                                                                        \
+    {                                                                                                                      \
+        va_list key_args;                                                                                                  \
+        va_start(key_args, key);                                                                                           \
+        const int key_length = vsnprintf(name, sizeof name, key, key_args);                                                \
+        va_end(key_args);                                                                                                  \
+        if (key_length < 0 || key_length >= (int)sizeof name)                                                              \
+            mil_declare_fail(b, MIL_ERROR_ARGUMENT, "parameter key %s... is too long", name);                              \
+    }
+
 // ---- linear ----
 MIL_DEF mil_linear_layer mil_declare_linear(mil_builder *b, int64_t in, int64_t out, int bias, mil_linear_init init, const char *key, ...)
 {
     mil_linear_layer layer;
-    char name[128];
-    va_list args;
-    va_start(args, key);
-    vsnprintf(name, sizeof name, key, args);
-    va_end(args);
+    MILI_KEY(name, key)
     int64_t shape[2];
     shape[0] = out;
     shape[1] = in;
@@ -9132,11 +9151,7 @@ MIL_DEF mil_node *mil_linear_forward(const mil_linear_layer *layer, mil_node *x)
 MIL_DEF mil_norm_layer mil_declare_layer_norm(mil_builder *b, int64_t width, double eps, const char *key, ...)
 {
     mil_norm_layer layer;
-    char name[128];
-    va_list args;
-    va_start(args, key);
-    vsnprintf(name, sizeof name, key, args);
-    va_end(args);
+    MILI_KEY(name, key)
     const mil_init one = { MIL_INIT_CONSTANT, 1 }, zero = { MIL_INIT_CONSTANT, 0 };
     layer.weight = mil_declare(b, one, 1, &width, "%s.weight", name);
     layer.bias = mil_declare(b, zero, 1, &width, "%s.bias", name);
@@ -9235,14 +9250,6 @@ MIL_DEF mil_node *mil_mlp_forward(const mil_mlp *layer, mil_node *x)
     return x;
 }
 // ---- multi-head attention ----
-#define MILI_KEY(name, key)                                                                                                \
-    char name[128];                                                                                                        \
-    {                                                                                                                      \
-        va_list key_args;                                                                                                  \
-        va_start(key_args, key);                                                                                           \
-        vsnprintf(name, sizeof name, key, key_args);                                                                       \
-        va_end(key_args);                                                                                                  \
-    }
 
 // Part `part` of a stack of equal linear layers: x W_part^T + b_part, W and b being consecutive rows of the stack.
 MILI_FN mil_node *mili_stacked_linear(mil_node *x, mil_param *weight, mil_param *bias, int64_t part, int64_t parts)
@@ -9330,7 +9337,8 @@ MIL_DEF mil_node *mil_pseudo_inverse(mil_node *a, int64_t iterations, int per_ma
 {
     if (!a) return NULL;
     const int r = a->rank;
-    if (r < 2 || r > 4 || a->shape[r - 2] != a->shape[r - 1] || a->count < 1) return mil_tape_fail(a->tape, MIL_ERROR_SHAPE, "pseudo_inverse: %s is not square", MILI_SHAPE(a));
+    if (r < 2 || r > 4 || a->shape[r - 2] != a->shape[r - 1] || a->count < 1)
+        return mil_tape_fail(a->tape, MIL_ERROR_SHAPE, "pseudo_inverse: %s: needs [m, m], [H, m, m] or [B, H, m, m]", MILI_SHAPE(a));
     mil_node *size = mil_abs(a), *sums[2], *norm = NULL;
     int64_t flat[2], one[4] = { 1, 1, 1, 1 };
     for (int i = 0; i < r - 2; i++) one[i] = per_matrix ? a->shape[i] : 1;
@@ -9418,6 +9426,7 @@ MIL_DEF mil_node *mil_nystrom_forward(const mil_nystrom_layer *layer, mil_node *
         return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "nystrom attention: x %s, needs [B, n, %lld]", MILI_SHAPE(x), (long long)o->in_dim);
     const int64_t n = x->shape[1], H = o->heads, m = o->landmarks, padding = (m - n % m) % m, l = (n + padding) / m;
     const double scale = 1 / sqrt((double)o->head_dim);
+    const int padless = !layer->qkv_bias && !mask;         // a zero row then gives zeros, and need not exist
     int64_t first = 0;                                     // the first real row of x as it is used below
     if (rows < 0 || rows > n) rows = n;
 
@@ -9426,7 +9435,7 @@ MIL_DEF mil_node *mil_nystrom_forward(const mil_nystrom_layer *layer, mil_node *
     mil_node *q, *k, *v, *q_marks, *k_marks, *exist = NULL;
     int64_t null_keys = padding;
     mil_node *whole = x;
-    if (!layer->qkv_bias && !mask) {
+    if (padless) {
         mil_node *means = mil_run_mean(x, m, padding);                                         // [B, m, in]
         q_marks = mili_stacked_linear(means, layer->qkv, NULL, 0, 3);                          // [B, m, H d]
         k_marks = mili_stacked_linear(means, layer->qkv, NULL, 1, 3);
@@ -9476,15 +9485,15 @@ MIL_DEF mil_node *mil_nystrom_forward(const mil_nystrom_layer *layer, mil_node *
     mil_node *pool = mili_attention_record(q_marks, k, v, H, scale, mask, null_keys, 0, NULL); // [B, m, H d]  softmax(q~ k^T) v
     mil_node *values = exist ? mili_where_row(pool, exist, mil_mean(v, 1)) : pool;
     values = mili_join_heads(mil_matmul(Z, mili_split_heads(values, H)));                      // the small product first
-    if (first == 0 && !layer->qkv_bias && !mask)           // and queries at last
+    if (padless)                                           // and queries at last
         q = mili_stacked_linear(rows == n ? mili_after(q, values) : mili_first_rows(q, rows), layer->qkv, NULL, 0, 3);       // [B, rows, H d]
     mil_node *y = mili_attention_record(q, k_marks, values, H, scale, exist, 0, 0, NULL);      // [B, rows, H d]
     if (mask) y = mili_where_row(y, mask, mil_mean(values, 1));
     if (layer->conv) {
         mil_node *nearest = v;                                // the rows that the wanted ones can see
-        if (first == 0 && rows + o->taps < n) nearest = mili_stacked_linear(mili_first_rows(whole, rows + o->taps), layer->qkv, layer->qkv_bias, 2, 3);
+        if (padless && rows + o->taps < n) nearest = mili_stacked_linear(mili_first_rows(whole, rows + o->taps), layer->qkv, NULL, 2, 3);
         mil_node *c = mil_conv_rows(nearest, mil_use(x->tape, layer->conv), NULL, o->taps / 2);
-        if (first == 0) c = mil_slice(c, 1, 0, rows);
+        if (padless) c = mil_slice(c, 1, 0, rows);
         y = mil_add(y, c);
     }
     if (first > 0 || (y && y->shape[1] != rows)) y = mil_slice(y, 1, first, rows);
@@ -9504,6 +9513,7 @@ MIL_DEF mil_node *mil_nystrom_forward(const mil_nystrom_layer *layer, mil_node *
 MIL_DEF mil_node *mil_nystrom_weights(const mil_nystrom_layer *layer, const mil_nystrom_parts *parts, int64_t row)
 {
     if (!parts->q || !parts->k || !parts->pool) return NULL;
+    if (row < 0) return mil_tape_fail(parts->q->tape, MIL_ERROR_SHAPE, "nystrom attention: weights of row %lld", (long long)row);
     const int64_t H = layer->o.heads;
     const double scale = 1 / sqrt((double)layer->o.head_dim);
     int64_t shape[4];
@@ -9526,8 +9536,9 @@ MIL_DEF mil_ppeg_layer mil_declare_ppeg(mil_builder *b, int64_t width, const int
     mil_ppeg_layer layer;
     MILI_KEY(name, key)
     memset(&layer, 0, sizeof layer);
-    layer.count = count;
-    for (int i = 0; i < count && i < 3; i++) {
+    if (count < 1 || count > 3) mil_declare_fail(b, MIL_ERROR_ARGUMENT, "%s: %d kernels, 1 to 3 are possible", name, count);
+    layer.count = MILI_MAX(0, MILI_MIN(count, 3));
+    for (int i = 0; i < layer.count; i++) {
         const int64_t k = kernels[i];
         mil_init w, z;
         int64_t shape[4];
@@ -9591,7 +9602,7 @@ MIL_DEF mil_node *mil_regions_join(mil_node *x, int64_t bags, int64_t side, int6
     static const int axes[6] = { 0, 1, 3, 2, 4, 5 };
     int64_t shape[6];
     if (!x) return NULL;
-    if (x->rank != 3 || bags < 1 || region < 1 || side % region || x->shape[1] != region * region || x->shape[0] != bags * (side / region) * (side / region) || rows > side * side)
+    if (x->rank != 3 || bags < 1 || region < 1 || side < 1 || side % region || side > 1000000 || bags > x->shape[0] || x->shape[1] != region * region || x->shape[0] != bags * (side / region) * (side / region) || rows > side * side)
         return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "regions: %s back to %lld bags on a side of %lld", MILI_SHAPE(x), (long long)bags, (long long)side);
     shape[0] = bags;
     shape[1] = shape[2] = side / region;
@@ -10957,20 +10968,6 @@ MILI_FN const char *mili_file_hint(const unsigned char *bytes, size_t size)
     return "";
 }
 
-// "[2, 3]"
-typedef struct mili_shape_words { char text[200]; } mili_shape_words;
-
-MILI_FN mili_shape_words mili_shape_quote(int rank, const int64_t *shape)
-{
-    mili_shape_words w;
-    size_t n = 1;
-    w.text[0] = '[';
-    for (int a = 0; a < rank; a++) n += (size_t)snprintf(w.text + n, sizeof w.text - n, a ? ", %lld" : "%lld", (long long)shape[a]);
-    w.text[n] = ']';
-    w.text[n + 1] = 0;
-    return w;
-}
-
 // ---- where writers put their bytes: a file, memory, or nowhere, which counts them ----
 typedef struct mili_sink { mil_writer *writer; unsigned char *memory; size_t size; mil_status status; } mili_sink;
 
@@ -11176,9 +11173,9 @@ MILI_FN mil_status mili_tensors_entry(mil_context *ctx, const char *where, mili_
         return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "%s: tensor %s: rank %lld is above the %d supported", where, q.text, (long long)rank,
                          MIL_MAX_RANK);
     const int64_t count = mili_shape_count((int)rank, shape);
-    const mili_shape_words words = mili_shape_quote((int)rank, shape);
+    const mili_text words = mili_shape_text((int)rank, shape);
     if (count < 0 || (bits && (uint64_t)count > UINT64_MAX / (uint64_t)bits))
-        return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: shape %s overflows", where, q.text, words.text);
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: shape %s overflows", where, q.text, words.s);
     need = (uint64_t)count * (uint64_t)bits;
 
     if (!mili_json_ints(found[2], offsets, 2, &n) || n != 2 || offsets[0] < 0 || offsets[1] < 0)
@@ -11192,7 +11189,7 @@ MILI_FN mil_status mili_tensors_entry(mil_context *ctx, const char *where, mili_
     if (bits && (need % 8 || entry->end - entry->begin != need / 8))
         return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: tensor %s: data_offsets [%lld, %lld] hold %llu bytes, but %s %s takes %llu", where,
                          q.text, (long long)offsets[0], (long long)offsets[1], (unsigned long long)(entry->end - entry->begin),
-                         type.text, words.text, (unsigned long long)(need / 8 + (need % 8 != 0)));
+                         type.text, words.s, (unsigned long long)(need / 8 + (need % 8 != 0)));
     entry->tensor = mil_tensor_make(dtype == MIL_DTYPE_COUNT ? NULL : data + entry->begin, dtype, (int)rank, shape);
     return MIL_OK;
 }
@@ -11255,15 +11252,16 @@ MILI_FN mil_status mili_tensors_fill(mil_tensors *file, const char *where, mili_
     status = mili_json_check_unique(ctx, where, meta);
     if (status != MIL_OK) return status;
 
-    // An entry takes at least 40 bytes of header, so these products cannot wrap; only a full allocator can fail.
+    // An entry takes at least 40 bytes of header. Where there are more, one is malformed, and no further than that one is read.
+    const int64_t room = MILI_MIN(count, (int64_t)(header.size / 40) + 1);
     file->text = (char *)mili_alloc(ctx, bytes);
     file->text_size = file->text ? bytes : 0;
     if (bytes && !file->text) return MIL_ERROR_NO_MEMORY;
     if (count) {
-        file->entries = (mili_tensor_entry *)mili_alloc(ctx, (size_t)count * sizeof *file->entries);
+        file->entries = (mili_tensor_entry *)mili_alloc(ctx, (size_t)room * sizeof *file->entries);
         if (!file->entries) return MIL_ERROR_NO_MEMORY;
-        file->count = count;
-        file->by_name = (int64_t *)mili_alloc(ctx, (size_t)count * sizeof *file->by_name);
+        file->count = room;
+        file->by_name = (int64_t *)mili_alloc(ctx, (size_t)room * sizeof *file->by_name);
         if (!file->by_name) return MIL_ERROR_NO_MEMORY;
     }
     if (meta_count) {
@@ -11276,6 +11274,7 @@ MILI_FN mil_status mili_tensors_fill(mil_tensors *file, const char *where, mili_
     it = mili_json_begin(header);
     while (mili_json_next(&it, &key, &value)) {
         if (mili_json_equal(key, MILI_TENSORS_META)) continue;
+        MIL_ASSERT(i < room);
         mili_tensor_entry *entry = &file->entries[i++];
         entry->name = mili_tensors_text(file, &used, key);
         entry->dtype = mili_tensors_text(file, &used, mili_json_find(value, "dtype"));
@@ -11887,7 +11886,7 @@ MILI_FN mil_status mili_npy_fill(mil_npy *npy, const char *where, const unsigned
     size_t need = 0;
     if (size < 10 || memcmp(at, "\x93NUMPY", 6) != 0)
         return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: %s%s", where, size < 10 ? "too short for an NPY file" : "not an NPY file: the first six "
-                         "bytes are not \\x93NUMPY", mili_file_hint(at, size));
+                         "bytes are not \\x93NUMPY", size < 10 ? "" : mili_file_hint(at, size));
     const int major = at[6], minor = at[7];
     if (major < 1 || major > 3 || minor != 0)
         return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "%s: NPY version %d.%d; 1.0, 2.0 and 3.0 exist", where, major, minor);
@@ -11906,15 +11905,15 @@ MILI_FN mil_status mili_npy_fill(mil_npy *npy, const char *where, const unsigned
     const unsigned char *data = at + start + length;
     const size_t room = size - start - length, element = mil_dtype_size(h.dtype);
     const int64_t count = mili_shape_count(h.rank, h.shape);
-    const mili_shape_words words = mili_shape_quote(h.rank, h.shape);
+    const mili_text words = mili_shape_text(h.rank, h.shape);
     if (count < 0 || !mili_mul_size((size_t)count, element, &need))
-        return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: NPY shape %s overflows", where, words.text);
+        return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: NPY shape %s overflows", where, words.s);
     if (need > room)
         return mili_fail(ctx, MIL_ERROR_FORMAT, "%s: %llu bytes of data, but %s %s takes %llu", where, (unsigned long long)room,
-                         mil_dtype_name(h.dtype), words.text, (unsigned long long)need);
+                         mil_dtype_name(h.dtype), words.s, (unsigned long long)need);
     if (room > need)
         snprintf(npy->warning, sizeof npy->warning, "%llu bytes after the array %s %.100s are ignored", (unsigned long long)(room - need),
-                 mil_dtype_name(h.dtype), h.rank <= 3 ? words.text : "");
+                 mil_dtype_name(h.dtype), h.rank <= 3 ? words.s : "");
 
     if (element > 1 && need && h.order == (MILI_BIG_ENDIAN ? '<' : '>')) {
         npy->swapped = mili_alloc(ctx, need);

@@ -1,10 +1,10 @@
 #!/bin/sh
 # mutate.sh DIR [MUTANTS [SEED]]: tests the tests. Takes random places in the implementation, flips one operator or constant at
-# a time, builds, and runs the suite until a test fails. Prints the mutants that no test noticed; each is either a hole in the
-# tests or makes no difference, which a person decides. JOBS mutants at a time (as many as processors). Who noticed what goes to
-# DIR/caught.txt. Last line: `N caught, N survived, of N`.
-# What it costs: 2 s of a processor to compile a mutant, little more where the tests of the mutated room see it; a survivor
-# runs everything, about a minute.
+# a time, builds, and runs the tests that reach the line, quick ones first, until one fails. Prints the mutants that no test
+# noticed; each is either a hole in the tests or makes no difference, which a person decides. JOBS mutants at a time (as many as
+# processors). Who noticed what goes to DIR/caught.txt. Last line: `N caught, N survived, of N`.
+# Which test reaches which line is asked of gcov once, before the first mutant: three minutes. A mutant then costs 2 s to compile,
+# and what its tests take.
 dir=$1 mutants=${2:-200} seed=${3:-1}
 top=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$dir" && dir=$(cd "$dir" && pwd) && cd "$top" || exit 1
@@ -12,7 +12,6 @@ mkdir -p "$dir" && dir=$(cd "$dir" && pwd) && cd "$top" || exit 1
 flags='-std=c99 -D_POSIX_C_SOURCE=200809L -Itests -w'
 
 # A test is VARIANT:NAME; f float, d double, F and D the same for a private test, which has the implementation in itself.
-# Everything, quick ones first; before these a mutant meets the tests of its own room.
 all= late=
 for t in ${TESTS:-selftest hostile scorer loss metrics train failures threads errors model extending layers_attention \
          models_torchmil_abmil models_millab2 ops_attention ops_tokens models_millab1 files edges tape kernels ops backend}; do
@@ -23,30 +22,6 @@ for t in ${TESTS:-selftest hostile scorer loss metrics train failures threads er
     case $asks in *double*) late="$late $d:$t" ;; esac
 done
 all="$all$late"
-near() {                                                   # near ROOM: the tests most likely to see a mutant there
-    case $1 in
-    platform)               echo f:errors f:threads f:failures f:scorer F:edges F:files ;;
-    kernels)                echo f:selftest F:kernels f:ops_tokens f:scorer F:ops ;;
-    record|plan|execute)    echo f:errors f:scorer f:models_millab2 f:tape ;;
-    op-table)               echo f:ops_attention f:ops_tokens d:ops_attention d:ops_tokens F:ops D:ops ;;
-    layer-code)             echo f:layers_attention d:layers_attention f:models_millab2 f:models_millab1 ;;
-    json|file-code)         echo f:hostile F:files F:edges ;;
-    model-code)             echo f:model f:hostile f:errors F:edges F:files ;;
-    model-blocks)           echo f:models_millab2 f:models_millab1 f:model d:models_millab2 ;;
-    loss-code)              echo f:loss d:loss ;;
-    train-code)             echo f:train f:failures ;;
-    score-code)             echo f:scorer f:failures ;;
-    metric-code)            echo f:metrics ;;
-    esac
-}
-
-# A room uses only the rooms above it: the tests of those cannot notice, and the slow ones among them are left out.
-blind() {
-    case $1 in
-    layer-code|json|file-code|model-code|model-blocks|loss-code|train-code|score-code|metric-code)
-        echo ' F:ops D:ops F:kernels f:backend f:ops_attention f:ops_tokens d:ops_attention d:ops_tokens f:tape ' ;;
-    esac
-}
 
 # slow ROOM: half a minute of finite differences through whole models, for the rooms whose gradients nothing else checks.
 slow() { case $1 in op-table|layer-code|model-blocks) echo d:models_millab1 ;; esac; }
@@ -67,20 +42,35 @@ build() {
 # folder NAME: where tests of one process run, with the cases beside it and a place for their files
 folder() { work="$dir/$1"; mkdir -p "$work/build" && ln -sfn "$top/tests" "$work/tests"; }
 
-# suite ROOM: runs everything with $work/mil.h, sets `noticed` to the first that fails. Time is the processor's own, so that
+# suite TEST...: runs the tests with $work/mil.h, sets `noticed` to the first that fails. Time is the processor's own, so that
 # a busy machine catches nothing; a mutant that waits for ever is ended all the same.
 suite() {
     rm -f "$work"/mil_?.o
-    met=" $(blind "$1")"
-    slow=$(slow "$1")
-    for noticed in $(near "$1") $all $slow; do
-        case $met in *" $noticed "*) continue ;; esac
-        case " $all $slow " in *" $noticed "*) ;; *) continue ;; esac
-        met="$met$noticed "
+    for noticed in "$@"; do
         build "${noticed%%:*}" "${noticed#*:}" || return
-        ( cd "$work" && ulimit -t "${TEST_SECONDS:-120}" && ulimit -v 8000000; exec timeout 1800 ./one ) < /dev/null > "$work/out.txt" 2>&1 || return
+        run || return
     done
     noticed=
+}
+run() { ( cd "$work" && ulimit -t "${TEST_SECONDS:-120}" && ulimit -v 8000000; exec timeout 1800 ./one ) < /dev/null > "$work/out.txt" 2>&1; }
+
+# reach VARIANT NAME: the lines of mil.h that the test runs go to $dir/reach/VARIANT:NAME, its seconds before them.
+reach() {
+    start=$(date +%s)
+    cover="--coverage -O0"
+    case $1 in
+    f|d) [ -f "$work/mil_$1.o" ] || object "$1" "$cover $([ "$1" = d ] && echo -DMIL_REAL=double)" || return
+        $CC -o "$work/one" "$dir/$1_$2.o" "$work/mil_$1.o" --coverage -lm -lpthread && notes=mil_$1 ;;
+    F|D) own= ; [ "$1" = D ] && own=-DMIL_REAL=double
+        sed 's|"../mil.h"|"mil.h"|' "tests/test_$2.c" > "$work/test_$2.c"
+        $CC $flags $own -I"$work" $cover -o "$work/one" "$work/test_$2.c" -lm -lpthread && notes=one-test_$2 ;;
+    esac || return
+    rm -f "$work"/*.gcda
+    TEST_SECONDS=900 run || return
+    echo "$(($(date +%s) - start))" > "$dir/reach/$1:$2"
+    ( cd "$work" && ${GCOV:-gcov} -t "$notes.gcda" 2> /dev/null ) | awk -F: '
+        / 0:Source:/ { here = $NF ~ /mil\.h$/ }
+        here && $1 !~ /[-#=]$/ { print $2 + 0 }' >> "$dir/reach/$1:$2"
 }
 
 case $mutants in worker)                                   # a process of its own for every JOBS-th place
@@ -93,7 +83,8 @@ case $mutants in worker)                                   # a process of its ow
         set -- $place
         awk -v line="$1" -v column="$2" -v size="$3" -v to="$to" 'NR == line { $0 = substr($0, 1, column - 1) to substr($0, column + size) } { print }' "$dir/mil.h" > "$work/mil.h"
         room=$(awk -v line="$1" 'NR > line { exit } /^\/\/ ==== >>/ { r = $3; gsub(/[>:]/, "", r) } END { print r }' "$dir/mil.h")
-        suite "$room" 2> /dev/null
+        suite $(grep -lx "$1" "$dir"/reach/*:* | sed 's|.*/||' > "$work/met.txt"; grep -qx "$1" "$dir/code.txt" || cp "$dir/order.txt" "$work/met.txt"
+                grep -Fxf "$work/met.txt" "$dir/order.txt"; slow "$room") 2> /dev/null
         what="mil.h:$1: '$from' -> '$to': $(sed -n "$1p" "$dir/mil.h" | sed 's/^ *//' | cut -c1-110)"
         if [ -n "$noticed" ]; then echo "$noticed: $what" >> "$dir/caught.txt"; else echo "survived: $room: $what" | tee -a "$dir/survived.txt"; fi
     done < "$dir/places.txt"
@@ -110,22 +101,28 @@ done
 folder work0
 cp mil.h "$dir/mil.h"                                      # edits of mil.h meanwhile change nothing here
 cp mil.h "$work/mil.h"
-suite none
-if [ -n "$noticed" ]; then
-    echo "the header as it is fails $noticed: nothing to learn from mutants"
-    head -n 10 "$work/out.txt"
+rm -rf "$dir/reach" && mkdir "$dir/reach"
+for t in $all; do
+    reach "${t%%:*}" "${t#*:}" > "$work/reach.txt" 2>&1 && continue
+    echo "the header as it is fails $t: nothing to learn from mutants"
+    head -n 10 "$work/reach.txt" "$work/out.txt"
     exit 1
-fi
+done
+for t in $all; do echo "$(head -n 1 "$dir/reach/$t") $t"; done | sort -n -s -k1,1 | sed 's/.* //' > "$dir/order.txt"       # quick ones first
+( cd "$work" && ${GCOV:-gcov} -t mil_f.gcda 2> /dev/null ) | awk -F: '/ 0:Source:/ { here = $NF ~ /mil\.h$/ } here && $1 !~ /-$/ { print $2 + 0 }' > "$dir/code.txt"
+# What is compiled at all on this machine.
+$CC $flags -I"$work" -E tests/mil_impl.c | awk '/^# [0-9]/ { here = $3 ~ /mil\.h"$/; line = $2; next } here && NF { print line } { line++ }' | sort -un > "$dir/compiled.txt"
 
 # The places: lines of the implementation that are neither preprocessor, comment, declaration of text nor inside a macro.
-awk -v mutants="$mutants" -v seed="$seed" '
-    BEGIN { srand(seed);
+awk -v mutants="$mutants" -v seed="$seed" -v places="$dir/compiled.txt" '
+    BEGIN { srand(seed)
+        while ((getline one < places) > 0) compiled[one + 0] = 1
         from[1] = " < "; to[1] = " <= "; from[2] = " <= "; to[2] = " < "; from[3] = " > "; to[3] = " >= "; from[4] = " >= "; to[4] = " > "
         from[5] = " == "; to[5] = " != "; from[6] = " != "; to[6] = " == "; from[7] = " + "; to[7] = " - "; from[8] = " - "; to[8] = " + "
         from[9] = " && "; to[9] = " || "; from[10] = " || "; to[10] = " && "; from[11] = " * "; to[11] = " + "; from[12] = "++"; to[12] = "--"
         from[13] = " 0"; to[13] = " 1"; from[14] = " 1"; to[14] = " 0"; from[15] = " += "; to[15] = " -= "; kinds = 15 }
     /^#if .*MIL_IMPLEMENTATION/ { inside = 1 }
-    !inside { next }
+    !inside || !(NR in compiled) { next }
     /^ *#/ || /\\$/ || /^ *\/\// || /^(MIL_DEF|MILI_FN|static|typedef)/ { next }
     {
         code = $0
