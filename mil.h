@@ -207,9 +207,10 @@ MIL_API int64_t    mil_tensor_count(const mil_tensor *t); // elements; -1 when t
 
 typedef struct mil_context mil_context;
 
-// One function allocates, grows and frees. Only the thread that calls the library calls it, never one of the pool.
-//   block NULL, new_size > 0: allocate.  new_size 0: free `block` of old_size bytes, result unused.
-//   Returns NULL when there is no memory; `block` is then untouched. Results are aligned for any C type.
+// One function allocates and frees. Only the thread that calls the library calls it, never one of the pool.
+//   block NULL, old_size 0: allocate new_size bytes, aligned for any C type; NULL when there is no memory.
+//   new_size 0: free `block` of old_size bytes, result unused.
+//   Both sizes: grow as realloc does. The library copies instead and never asks for it; a host's function may have it.
 typedef struct mil_allocator {
     void *(*reallocate)(void *user, void *block, size_t old_size, size_t new_size);
     void *user;
@@ -306,7 +307,7 @@ MIL_API int  mil_tape_is_training(const mil_tape *tape);
 MIL_API void mil_tape_seed(mil_tape *tape, uint64_t seed, uint64_t step);
 
 // Supplies the draw called `name` ("shuffle", "mask") instead of the library's own. The memory must stay valid until the
-// tape is reset. Shape and type are checked where the draw is recorded.
+// tape is reset. How many there are is checked where the draw is recorded; other dtypes are converted.
 MIL_API void mil_tape_draw(mil_tape *tape, const char *name, const mil_tensor *values);
 
 // Names the layer that is being recorded, for error sentences; pop as often as pushed.
@@ -323,12 +324,13 @@ MIL_API mil_node *mil_use(mil_tape *tape, mil_param *param);                    
 MIL_API mil_status mil_input_set(mil_node *input, const void *data);
 
 MIL_API void mil_node_keep(mil_node *node);                    // its value can be read after the run. NULL is fine
-MIL_API mil_status mil_node_read(mil_node *node, void *dst, int64_t count);   // copies a kept value of `count` elements: mil_real, or int64_t
+MIL_API mil_status mil_node_read(mil_node *node, void *dst, int64_t count);   // copies a kept value of `count` elements: int64_t where its dtype is MIL_I64, else mil_real
 
 MIL_API mil_status mil_tape_status(const mil_tape *tape);      // MIL_OK or the first recording error, whose sentence is then in mil_error, too
 MIL_API const char *mil_tape_error(const mil_tape *tape);      // the sentence of the first recording error, "" when there is none
 
-// Bytes of workspace that the next mil_tape_run needs, so that a caller can decide before running. 0 after an error.
+// Bytes of workspace that the next mil_tape_run needs, so that a caller can decide before running. 0 when nothing is to be run and
+// after an error, of the call as well, which is then the tape's: mil_error says which.
 MIL_API size_t mil_tape_bytes(mil_tape *tape);
 
 // The caller's block for the workspace, instead of the context's allocator; NULL gives it back. Aligned to 64, or a little is lost.
@@ -352,11 +354,12 @@ MIL_API void mil_tape_set(mil_tape *tape, mil_tape_option option, int value);
 
 #ifndef MIL_NO_TRAINING
 // Records the gradient of `loss` (one element) by everything it depends on that wants one: parameters, and inputs marked
-// with mil_node_want_grad. Gradients are nodes like others. Once per tape.
+// with mil_node_want_grad. Gradients are nodes like others. Once per tape, and before the first run of what it goes through: it
+// reads values of the way that nobody keeps.
 MIL_API mil_status mil_tape_backward(mil_tape *tape, mil_node *loss);
 // The same for sum_i <y[i], dy[i]>: parts with several results and no loss. dy[i] has y[i]'s shape.
 MIL_API mil_status mil_tape_backward_from(mil_tape *tape, mil_node *const *y, mil_node *const *dy, int count);
-MIL_API void       mil_node_want_grad(mil_node *input);
+MIL_API void       mil_node_want_grad(mil_node *input);        // before an op reads it, else the tape fails
 // NULL when the loss does not depend on x. A parameter's: mil_node_grad(mil_use(tape, param)).
 MIL_API mil_node  *mil_node_grad(mil_node *x);
 #endif
@@ -485,7 +488,7 @@ MIL_API mil_node *mil_smooth_svm(mil_node *scores, mil_node *labels, double alph
 // Stochastic depth: in training each x[i, ..] is kept with probability 1 - rate and divided by that, or zeroed. Draw [B, 1, ..].
 MIL_API mil_node *mil_drop_path(mil_node *x, double rate, const char *draw);
 
-// After everything else of the run, writes value into the parameter's memory (same shape).
+// After everything else of the run, writes value into the parameter's memory (as many elements).
 MIL_API void mil_update(mil_param *param, mil_node *value);
 
 // ==== >>layers: parts with parameters =============================================================================
@@ -1203,7 +1206,7 @@ MIL_API mil_status mil_file_write(mil_context *ctx, const char *path, const void
 
 // The same piece by piece. Bytes go to a new file beside the target; mil_writer_commit flushes it to the disk, renames it
 // over the target and flushes the folder. Freed without a commit, or after any failure, the new file is removed and the
-// target is as before. A target that exists must be a regular file; a symbolic link is replaced, not followed.
+// target is as before. A target that exists must be a regular file or a symbolic link to one, which is replaced, not followed.
 // Errors: MIL_ERROR_IO (no space, no permission, ...), MIL_ERROR_NO_MEMORY; later calls repeat the first one's code.
 // If only the last step fails, flushing the folder, the new file is there but may not survive a power cut.
 typedef struct mil_writer mil_writer;
@@ -2104,7 +2107,7 @@ struct mili_pool {
     mili_mutex mutex;
     mili_cond  wake, idle;
     int        workers, stop;
-    int64_t    job;                                        // counts jobs, so that a worker sees a new one
+    unsigned   job;                                        // counts jobs, so that a worker sees a new one; no 64 bits, whose atomics some CPUs lack
     int        busy;                                       // workers inside the job
     int64_t    next, count;                                // guarded by the mutex: tasks are large, so a lock per task is cheap
     void     (*task)(void *arg, int64_t index);
@@ -2126,7 +2129,7 @@ MILI_FN void mili_pool_work(mili_pool *pool)
 MILI_THREAD_FN(mili_pool_main)
 {
     mili_pool *pool = (mili_pool *)argument;
-    int64_t seen = 0;
+    unsigned seen = 0;
     MILI_LOCK(&pool->mutex);
     for (;;) {
         MILI_UNLOCK(&pool->mutex);
@@ -2365,18 +2368,11 @@ MILI_INLINE double mili_random_gauss(uint64_t seed, uint64_t stream, uint64_t co
 //   gelu_grad               (it crosses 0)           2.2e-7, absolute        2.2e-7, absolute
 //   silu_grad               (it crosses 0)           2e-7, absolute          2e-7, absolute
 
-#include <float.h>
 #if defined(MIL_USE_CBLAS)
 #include <cblas.h>
 #endif
 
-#if !defined(MILI_REAL_IS_DOUBLE)
-#define MILI_REAL_IS_float 0
-#define MILI_REAL_IS_double 1
-#define MILI_REAL_IS2(type) MILI_REAL_IS_##type
-#define MILI_REAL_IS1(type) MILI_REAL_IS2(type)
-#define MILI_REAL_IS_DOUBLE MILI_REAL_IS1(MIL_REAL)
-#endif
+#define MILI_REAL_IS_DOUBLE (!MIL_REAL_IS_FLOAT)
 
 // Which SIMD tiers are compiled: float builds by gcc or clang. (gcc for Windows does not align the stack for wide vectors.)
 #if !defined(MIL_NO_SIMD) && !MILI_REAL_IS_DOUBLE && (defined(__GNUC__) || defined(__clang__))
@@ -2439,17 +2435,9 @@ typedef struct mili_kernels {
     void (*to_pairs)(mil_real *dst, const mil_real *src, int64_t n);     // n reals as (n + 1) / 2 pairs of bfloat16; NULL as tile_pairs
 } mili_kernels;
 
-// NaN and infinities are told by their bits: -ffast-math lets a compiler drop comparisons of floats with them.
 MILI_LANES uint64_t mili_bits(double x) { uint64_t u; memcpy(&u, &x, sizeof u); return u; }
 MILI_LANES int mili_is_nan(mil_real x) { return (mili_bits((double)x) << 1) > (0x7ffull << 53); }
 MILI_LANES int mili_is_low(mil_real x) { return mili_bits((double)x) == (0xfffull << 52); }            // -inf
-MILI_LANES mil_real mili_infinity(int negative)
-{
-    const uint64_t u = (negative ? 0xfffull : 0x7ffull) << 52;
-    double x;
-    memcpy(&x, &u, sizeof x);
-    return (mil_real)x;
-}
 
 // ---- the body of each kernel, for any vector type T_v ----------------------------------------------------------------
 // A tier brings a vector type T_v of T_lanes reals and T_load, store, load_part, store_part (the first n lanes; the others
@@ -2580,7 +2568,7 @@ MILI_LANES mil_real mili_infinity(int negative)
 #define MILI_DEFINE_EXTREME(T, TARGET, f, negative) \
     MILI_FN TARGET mil_real T##_fold_##f(const mil_real *x, int64_t n) \
     { \
-        mil_real top[2 * T##_lanes], y = mili_infinity(negative); \
+        mil_real top[2 * T##_lanes], y = negative ? -MILI_INF : MILI_INF; \
         T##_v s = T##_set(y), nan = T##_set(0); \
         int64_t i = 0; \
         for (; i + T##_lanes <= n; i += T##_lanes) { \
@@ -3775,6 +3763,70 @@ MILI_FN void mili_convert(const mili_kernels *K, mil_real *dst, const void *src,
     }
 }
 
+MILI_FN int mili_tensor_packed(const mil_tensor *t)
+{
+    int64_t step = (int64_t)mil_dtype_size(t->dtype);
+    int any = 0;
+    for (int a = 0; a < t->rank; a++) any |= t->stride[a] != 0;
+    if (!any) return 1;
+    for (int a = t->rank - 1; a >= 0; a--) {
+        if (t->shape[a] != 1 && t->stride[a] != step) return 0;
+        step *= t->shape[a];
+    }
+    return 1;
+}
+
+// Strides in bytes, also for a packed tensor that left them zero.
+MILI_FN void mili_tensor_strides(const mil_tensor *t, int64_t *stride)
+{
+    int64_t step = (int64_t)mil_dtype_size(t->dtype);
+    const int packed = mili_tensor_packed(t);
+    for (int a = t->rank - 1; a >= 0; a--) {
+        stride[a] = packed ? step : t->stride[a];
+        step *= t->shape[a];
+    }
+}
+
+// One element as an index: integers exactly; what no int64_t holds becomes -1, which no op takes for an index.
+MILI_FN int64_t mili_integer_at(const mili_kernels *K, const char *src, mil_dtype dtype)
+{
+    int64_t i64;
+    uint32_t u32;
+    int32_t i32;
+    mil_real real;
+    double value;
+    switch (dtype) {
+    case MIL_I64:
+    case MIL_U64: memcpy(&i64, src, sizeof i64); return dtype == MIL_U64 && i64 < 0 ? -1 : i64;
+    case MIL_U32: memcpy(&u32, src, sizeof u32); return (int64_t)u32;
+    case MIL_I32: memcpy(&i32, src, sizeof i32); return i32;
+    case MIL_F64: memcpy(&value, src, sizeof value); break;
+    default:      mili_convert(K, &real, src, dtype, 1); value = (double)real;
+    }
+    return value > -9.2e18 && value < 9.2e18 ? (int64_t)value : -1;
+}
+
+// Rows `row` .. `row` + `rows` - 1 of t, whose first element stands at `data`, to packed mil_real or, for MIL_I64, int64_t.
+MILI_FN void mili_convert_rows(const mili_kernels *K, const mil_tensor *t, const void *data, int64_t row, int64_t rows, mil_dtype dtype, void *out)
+{
+    int64_t stride[MIL_MAX_RANK];
+    mili_tensor_strides(t, stride);
+    const int64_t cols = t->rank ? t->shape[t->rank - 1] : 1, step = t->rank ? stride[t->rank - 1] : 0, width = (int64_t)mil_dtype_size(t->dtype);
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t at = row + r;
+        const char *src = (const char *)data;
+        for (int a = t->rank - 2; a >= 0; a--) {           // the row's number, axis by axis
+            src += at % t->shape[a] * stride[a];
+            at /= t->shape[a];
+        }
+        if (dtype == MIL_I64) {
+            int64_t *dst = (int64_t *)out + r * cols;
+            for (int64_t j = 0; j < cols; j++) dst[j] = mili_integer_at(K, src + j * step, t->dtype);
+        } else if (step == width) mili_convert(K, (mil_real *)out + r * cols, src, t->dtype, cols);
+        else for (int64_t j = 0; j < cols; j++) mili_convert(K, (mil_real *)out + r * cols + j, src + j * step, t->dtype, 1);
+    }
+}
+
 // ---- creating a context (after the kernels, which it chooses) ----
 MIL_DEF mil_context_options mil_context_options_default(void)
 {
@@ -3791,6 +3843,7 @@ MIL_DEF mil_status mil_context_create(mil_context **out, const mil_context_optio
     *out = NULL;
     if (o.threads < 0 || (o.parallel.run && o.parallel.threads < 0)) return MIL_ERROR_ARGUMENT;
     if (o.precision != MIL_PRECISION_FULL && o.precision != MIL_PRECISION_BF16) return MIL_ERROR_ARGUMENT;
+    if (o.memory_size && !o.memory) return MIL_ERROR_ARGUMENT;         // the caller's block could not be had: no heap instead of it
     const mili_kernels *kernels = mili_kernels_choose(o.cpu);
     if (!kernels) return MIL_ERROR_UNSUPPORTED;
 
@@ -3945,10 +3998,10 @@ MIL_DEF mil_node *mil_tape_fail(mil_tape *tape, mil_status status, const char *f
     return NULL;
 }
 
-// The context's error becomes the tape's: for allocation failures while recording.
+// For allocation failures while recording. The context may still hold the error of an earlier call.
 MILI_FN mil_node *mili_tape_fail_ctx(mil_tape *tape)
 {
-    return mil_tape_fail(tape, tape->ctx->status, "%s", tape->ctx->error);
+    return mil_tape_fail(tape, MIL_ERROR_NO_MEMORY, "%s", tape->ctx->status == MIL_ERROR_NO_MEMORY ? tape->ctx->error : "no memory to record an op");
 }
 
 // What a call that records ends with: the tape's status, and its sentence in the context.
@@ -4074,7 +4127,7 @@ MIL_DEF void mil_tape_seed(mil_tape *tape, uint64_t seed, uint64_t step)
 
 MIL_DEF void mil_tape_set(mil_tape *tape, mil_tape_option option, int value)
 {
-    if (!tape) return;
+    if (!tape || (unsigned)option > MIL_TAPE_RECOMPUTE) return;
     if (value) tape->options |= 1u << option;
     else tape->options &= ~(1u << option);
 }
@@ -4237,13 +4290,26 @@ MILI_FN mil_node *mili_record(mil_tape *tape, const mil_spec *spec)
 }
 
 MILI_FN mil_node *mili_either(mil_node *x);
+MILI_FN mil_node *mili_as(mil_node *x, mil_dtype dtype);
+MILI_FN mil_node *mili_real(mil_node *x);
 
 // The same for ops that know nothing of inputs' dtypes; refuses what an op of one's own is likely to have forgotten.
 MIL_DEF mil_node *mil_record(mil_tape *tape, const mil_spec *spec)
 {
     if (!tape || tape->status != MIL_OK || !spec || !spec->op || !spec->op->name || spec->input_count < 0 || spec->input_count > MIL_MAX_INPUTS)
         return mili_record(tape, spec);                    // which says what is wrong
+    const mil_op *op = spec->op;
     const int by_rows = spec->kind == MIL_KIND_ROWS || spec->kind == MIL_KIND_REDUCE;
+    if (spec->kind != MIL_KIND_VIEW && spec->kind != MIL_KIND_WHOLE && !by_rows)
+        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: kind %d; an op makes a view, rows, a reduction or a whole", op->name, (int)spec->kind);
+    if (spec->dtype != MIL_REAL_DTYPE && spec->dtype != MIL_I64)
+        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: dtype %d; a value is %s or I64", op->name, (int)spec->dtype, mil_dtype_name(MIL_REAL_DTYPE));
+    if (spec->kind == MIL_KIND_REDUCE ? !op->state_bytes || !op->begin || !op->step || !op->merge || !op->finish : spec->kind != MIL_KIND_VIEW && !op->run)
+        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: the op lacks a function that this kind needs", op->name);
+    if (spec->kind == MIL_KIND_REDUCE && (spec->outer < 0 || spec->in_rows < 0 || (spec->outer && spec->in_rows > INT64_MAX / 16 / spec->outer)))
+        return mil_tape_fail(tape, MIL_ERROR_SHAPE, "%s: %lld reductions of %lld rows", op->name, (long long)spec->outer, (long long)spec->in_rows);
+    if (spec->kind == MIL_KIND_VIEW && (spec->input_count != 1 || (spec->input[0] && mili_shape_count(spec->rank, spec->shape) != spec->input[0]->count)))
+        return mil_tape_fail(tape, MIL_ERROR_SHAPE, "%s: a view has one input, of as many elements", op->name);
     if (by_rows && spec->input_count > 0 && spec->row_inputs == 0 && !(spec->op->flags & MIL_OP_WHOLE_INPUTS))
         return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: row_inputs is 0, though rows are computed from %d inputs: set bit i for an "
                              "input i that is cut into rows (or MIL_OP_WHOLE_INPUTS when none is)", spec->op->name, spec->input_count);
@@ -4266,8 +4332,14 @@ MIL_DEF int mil_wants_grad(const mil_node *x) { return x && (x->flags & MILI_WAN
 MIL_DEF mil_node *mil_node_second(mil_node *n, mil_dtype dtype, int rank, const int64_t *shape)
 {
     if (!n) return NULL;
+    if (n->second) return mil_tape_fail(n->tape, MIL_ERROR_STATE, "mil_node_second: %s has one already", n->op->name);
+    if (n->index < n->tape->ran) return mil_tape_fail(n->tape, MIL_ERROR_STATE, "mil_node_second: %s has run", n->op->name);
+    if (n->kind == MIL_KIND_LEAF || n->kind == MIL_KIND_VIEW) return mil_tape_fail(n->tape, MIL_ERROR_ARGUMENT, "mil_node_second: %s computes nothing", n->op->name);
+    if (dtype != MIL_REAL_DTYPE && dtype != MIL_I64) return mil_tape_fail(n->tape, MIL_ERROR_ARGUMENT, "mil_node_second: of %s, a value is %s or I64", mil_dtype_name(dtype), mil_dtype_name(MIL_REAL_DTYPE));
     mil_node *s = mili_node_new(n->tape, &mili_op_second, n->kind, dtype, rank, shape);
     if (!s) return NULL;
+    if (n->kind == MIL_KIND_ROWS && s->rows != n->rows)
+        return mil_tape_fail(n->tape, MIL_ERROR_SHAPE, "mil_node_second: %s makes rows of %s, the second result is %s", n->op->name, MILI_SHAPE(n), MILI_SHAPE(s));
     s->input_count = 1;                                    // so that needing it means needing n
     s->input[0] = n;
     n->second = s;
@@ -4275,30 +4347,6 @@ MIL_DEF mil_node *mil_node_second(mil_node *n, mil_dtype dtype, int rank, const 
 }
 
 // ---- leaves ----
-MILI_FN int mili_tensor_packed(const mil_tensor *t)
-{
-    int64_t step = (int64_t)mil_dtype_size(t->dtype);
-    int any = 0;
-    for (int a = 0; a < t->rank; a++) any |= t->stride[a] != 0;
-    if (!any) return 1;
-    for (int a = t->rank - 1; a >= 0; a--) {
-        if (t->shape[a] != 1 && t->stride[a] != step) return 0;
-        step *= t->shape[a];
-    }
-    return 1;
-}
-
-// Strides in bytes, also for a packed tensor that left them zero.
-MILI_FN void mili_tensor_strides(const mil_tensor *t, int64_t *stride)
-{
-    int64_t step = (int64_t)mil_dtype_size(t->dtype);
-    const int packed = mili_tensor_packed(t);
-    for (int a = t->rank - 1; a >= 0; a--) {
-        stride[a] = packed ? step : t->stride[a];
-        step *= t->shape[a];
-    }
-}
-
 MIL_DEF mil_node *mil_input(mil_tape *tape, const char *name, const mil_tensor *t)
 {
     if (!tape || tape->status != MIL_OK) return NULL;
@@ -4340,7 +4388,7 @@ MIL_DEF mil_status mil_input_set(mil_node *input, const void *data)
     mil_tensor *t = mili_input_tensor(input);
     void *old = t->data;
     memcpy(&t->data, &data, sizeof data);
-    if (!data || (direct && !mili_input_direct(input))) {
+    if ((!data && input->count > 0) || (direct && !mili_input_direct(input))) {
         t->data = old;
         return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_input_set: data is %s", data ? "less aligned than before" : "NULL");
     }
@@ -4389,13 +4437,17 @@ MIL_DEF void mil_update(mil_param *param, mil_node *value)
     if (!value) return;
     mil_tape *tape = value->tape;
     if (tape->status != MIL_OK) return;
-    if (!param || param->count != value->count || param->dtype != value->dtype) {
-        mil_tape_fail(tape, MIL_ERROR_SHAPE, "mil_update: %s %s cannot take a value %s", param ? param->key : "NULL",
-                      param ? mili_shape_text(param->rank, param->shape).s : "", MILI_SHAPE(value));
+    if (!param) { mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_update: param is NULL"); return; }
+    if (param->count != value->count) {
+        mil_tape_fail(tape, MIL_ERROR_SHAPE, "mil_update: %s %s cannot take a value %s", param->key, mili_shape_text(param->rank, param->shape).s, MILI_SHAPE(value));
         return;
     }
-    // A parameter's value is copied now: it may be updated, too.
-    if (value->plan->base->op == &mili_op_param && value->dtype == MIL_REAL_DTYPE) value = mil_affine(value, 1, 0);
+    value = mili_as(value, param->dtype);                  // an input of another dtype, or strided, is converted
+    if (!value) return;
+    if (value->plan->base->op == &mili_op_param) {         // a parameter's value is copied now: it may be updated, too
+        if (value->dtype != MIL_REAL_DTYPE) { mil_tape_fail(tape, MIL_ERROR_UNSUPPORTED, "mil_update: %s from another parameter of %s", param->key, mil_dtype_name(value->dtype)); return; }
+        value = mil_affine(value, 1, 0);
+    }
     if (!value) return;
     if (!mili_reserve(tape->ctx, (void **)&tape->update, &tape->update_capacity, tape->update_count + 1, sizeof *tape->update)) {
         mili_tape_fail_ctx(tape);
@@ -4407,12 +4459,21 @@ MIL_DEF void mil_update(mil_param *param, mil_node *value)
 
 // ---- gradients are recorded ----
 #ifndef MIL_NO_TRAINING
-MIL_DEF void mil_node_want_grad(mil_node *input) { if (input) input->flags |= MILI_WANTS_GRAD; }
+MIL_DEF void mil_node_want_grad(mil_node *input)
+{
+    if (!input || mil_wants_grad(input)) return;
+    const mil_tape *tape = input->tape;
+    for (int64_t i = input->index + 1; i < tape->count; i++)
+        for (int j = 0; j < tape->node[i]->input_count; j++)
+            if (tape->node[i]->input[j] == input) { mil_tape_fail(input->tape, MIL_ERROR_STATE, "mil_node_want_grad: %s reads it already", tape->node[i]->op->name); return; }
+    input->flags |= MILI_WANTS_GRAD;
+}
 MIL_DEF mil_node *mil_node_grad(mil_node *x) { return x ? x->grad : NULL; }
 
 MIL_DEF void mil_add_grad(mil_node *x, mil_node *dx)
 {
     if (!x || !dx || !mil_wants_grad(x)) return;
+    if (!(dx = mili_real(dx))) return;
     if (x->rank != dx->rank || memcmp(x->shape, dx->shape, (size_t)x->rank * sizeof *x->shape) != 0) {
         mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "gradient of %s %s came as %s", x->op->name, MILI_SHAPE(x), MILI_SHAPE(dx));
         return;
@@ -4464,6 +4525,7 @@ MIL_DEF mil_status mil_tape_backward_from(mil_tape *tape, mil_node *const *y, mi
     if (tape->backward_done) mil_tape_fail(tape, MIL_ERROR_STATE, "mil_tape_backward_from: once per tape");
     tape->backward_done = 1;
     tape->in_backward = 1;
+    if (count > 0 && (!y || !dy)) mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_tape_backward_from: no results or no cotangents");
     for (int i = 0; i < count && tape->status == MIL_OK; i++) {
         if (!y[i] || !dy[i] || y[i]->tape != tape || dy[i]->tape != tape)
             mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_tape_backward_from: result or cotangent %d is not on this tape", i);
@@ -4539,7 +4601,8 @@ MILI_INLINE size_t mili_times(size_t a, size_t b)
 typedef struct mili_gap { size_t begin, end; } mili_gap;    // free memory
 
 // The many small spans of a tape with thousands of nodes, above `base`: step by step, each into the tightest gap that is free
-// then. Linear, where looking at all that live at the same time would be quadratic. `list` is sorted by size.
+// then. A span looks at the free gaps, of which there are few as a rule,
+// instead of at all that live at the same time. `list` is sorted by size.
 MILI_FN size_t mili_pack_in_turn(mil_tape *tape, const mili_span *span, const int *list, int count, size_t base)
 {
     int steps = 0, gaps = 0, ended = 0;
@@ -4684,6 +4747,8 @@ MILI_FN mil_status mili_mark_needed(mil_tape *tape)
     for (int64_t i = tape->ran; i < tape->count; i++) {
         tape->node[i]->flags &= ~(unsigned)MILI_NEEDED;
         if (tape->node[i]->flags & MILI_KEEP) tape->node[i]->flags |= MILI_NEEDED;
+        // A later run may want the gradient of what is kept: its second result, which has no other handle, is kept with it.
+        if (tape->node[i]->op == &mili_op_second && tape->node[i]->input[0]->flags & MILI_KEEP) tape->node[i]->flags |= MILI_KEEP | MILI_NEEDED;
     }
     for (int64_t i = tape->updates_ran; i < tape->update_count; i++) {
         tape->update[i].value->flags |= MILI_NEEDED;
@@ -5064,13 +5129,14 @@ MILI_FN mil_status mili_plan_slot(mil_tape *tape, mili_step *step, mili_span *sp
         if (step->node[k]->second) step->node[k]->second->plan->last_reader = k;
         for (int i = 0; i < step->node[k]->input_count; i++) step->node[k]->input[i]->plan->base->plan->last_reader = k;
     }
+    const int64_t tile_rows = tape->stream_capacity ? step->tile_rows : MILI_MIN(step->tile_rows, step->rows);
     int spans = 0;
     for (int k = 0; k < step->count; k++) {
         for (int m = 0; m < 2; m++) {
             mil_node *n = m ? step->node[k]->second : step->node[k];
             if (!n || n->plan->place != MILI_PLACE_TILE) continue;
             mili_span *s = &span[spans++];
-            s->bytes = mili_align_up(mili_times((size_t)step->tile_rows, mili_row_bytes(n)));
+            s->bytes = mili_align_up(mili_times((size_t)tile_rows, mili_row_bytes(n)));
             s->offset = &n->plan->offset;
             s->first = k;
             s->last = n->plan->last_reader;
@@ -5178,6 +5244,7 @@ MIL_DEF size_t mil_tape_bytes(mil_tape *tape)
     const mili_plan *plan = tape->count == tape->ran && tape->update_count == tape->updates_ran ? NULL : mili_make_plan(tape);
     const size_t bytes = plan ? plan->bytes + MILI_ALIGN : 0;
     mili_arena_release(&tape->arena, mark);
+    if (tape->status != MIL_OK) mili_tape_report(tape);
     return bytes;
 }
 
@@ -5712,12 +5779,6 @@ MILI_FN char *mili_take_workspace(mil_tape *tape, size_t bytes)
     return w->memory;
 }
 
-MILI_FN mil_status mili_tape_check(mil_tape *tape)
-{
-    if (!tape) return MIL_ERROR_ARGUMENT;
-    return mili_tape_report(tape);
-}
-
 // Plans what is new and gives it memory. *out NULL when nothing is new.
 MILI_FN mil_status mili_plan_run(mil_tape *tape, mili_plan **out)
 {
@@ -5748,7 +5809,7 @@ MIL_DEF mil_status mil_tape_run(mil_tape *tape)
 {
     mili_plan *plan;
     const size_t user_used = tape ? tape->user_used : 0;
-    if (mili_tape_check(tape) != MIL_OK || mili_plan_run(tape, &plan) != MIL_OK) return tape ? tape->ctx->status : MIL_ERROR_ARGUMENT;
+    if (mil_tape_status(tape) != MIL_OK || mili_plan_run(tape, &plan) != MIL_OK) return tape ? tape->ctx->status : MIL_ERROR_ARGUMENT;
     if (!plan) return MIL_OK;
     if (mili_run_plan(tape, plan) == MIL_OK) mili_plan_done(tape, plan);
     else if (tape->user_memory) tape->user_used = user_used;
@@ -5758,7 +5819,8 @@ MIL_DEF mil_status mil_tape_run(mil_tape *tape)
 
 MIL_DEF mil_status mil_tape_rerun(mil_tape *tape)
 {
-    if (mili_tape_check(tape) != MIL_OK) return tape ? tape->ctx->status : MIL_ERROR_ARGUMENT;
+    const mil_status status = mil_tape_status(tape);
+    if (status != MIL_OK) return status;
     if (!tape->plan) return mili_fail(tape->ctx, MIL_ERROR_STATE, "mil_tape_rerun: nothing has run yet");
     for (mili_plan *plan = tape->plan; plan; plan = plan->next)
         if (mili_run_plan(tape, plan) != MIL_OK) break;
@@ -5771,7 +5833,8 @@ MIL_DEF mil_status mil_node_read(mil_node *node, void *dst, int64_t count)
     mil_context *ctx = node->tape->ctx;
     mili_enter(ctx);
     const mil_node *base = node->plan->base;
-    if (!dst || count != node->count)
+    if (!dst) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_node_read: dst is NULL");
+    if (count != node->count)
         return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_node_read: %s %s has %lld elements, not %lld", node->op->name, MILI_SHAPE(node),
                          (long long)node->count, (long long)count);
     if (base->kind != MIL_KIND_LEAF && base->index < node->tape->ran && !(base->flags & MILI_KEPT))
@@ -5781,9 +5844,9 @@ MIL_DEF mil_status mil_node_read(mil_node *node, void *dst, int64_t count)
     if (ctx->backend) ctx->backend->synchronize(ctx->backend_self);
     const void *src = base->data;
     if (base->op == &mili_op_param) src = mili_node_param(base)->data;
-    if (base->op == &mili_op_input) {
-        if (!mili_tensor_packed((const mil_tensor *)base->p)) return mili_fail(ctx, MIL_ERROR_UNSUPPORTED, "mil_node_read: a strided input");
-        memcpy(dst, mili_input_tensor(base)->data, mili_node_bytes(node));
+    if (base->op == &mili_op_input) {                      // of any dtype and strides
+        const mil_tensor *t = (const mil_tensor *)base->p;
+        mili_convert_rows(ctx->kernels, t, t->data, 0, base->rows, base->dtype == MIL_I64 ? MIL_I64 : MIL_REAL_DTYPE, dst);
         return MIL_OK;
     }
     return mili_download(ctx, dst, src, mili_node_bytes(node));
@@ -5871,46 +5934,12 @@ MILI_FN void mili_for(const mil_exec *x, int64_t count, int64_t cost, void (*bod
 
 // ---- convert: inputs of other dtypes or strides ----
 // Rows of an input leaf, read where they stand. Without gradient: an input that wants one must be packed mil_real.
-// One element as an index: integers exactly; what no int64_t holds becomes -1, which no op takes for an index.
-MILI_FN int64_t mili_integer_at(const mili_kernels *K, const char *src, mil_dtype dtype)
-{
-    int64_t i64;
-    uint32_t u32;
-    int32_t i32;
-    mil_real real;
-    double value;
-    switch (dtype) {
-    case MIL_I64:
-    case MIL_U64: memcpy(&i64, src, sizeof i64); return dtype == MIL_U64 && i64 < 0 ? -1 : i64;
-    case MIL_U32: memcpy(&u32, src, sizeof u32); return (int64_t)u32;
-    case MIL_I32: memcpy(&i32, src, sizeof i32); return i32;
-    case MIL_F64: memcpy(&value, src, sizeof value); break;
-    default:      mili_convert(K, &real, src, dtype, 1); value = (double)real;
-    }
-    return value > -9.2e18 && value < 9.2e18 ? (int64_t)value : -1;
-}
-
 MILI_FN void mili_convert_run(const mil_exec *x)
 {
     const mil_node *n = x->node, *leaf = n->input[0];
     mil_tensor t = *(const mil_tensor *)leaf->p;
-    int64_t stride[MIL_MAX_RANK];
     if (!mili_host_memory(x->ctx)) memset(t.stride, 0, sizeof t.stride);      // packed when it was uploaded
-    mili_tensor_strides(&t, stride);
-    const int64_t cols = n->cols, step = t.rank ? stride[t.rank - 1] : 0, width = (int64_t)mil_dtype_size(t.dtype);
-    for (int64_t r = 0; r < x->rows; r++) {
-        int64_t at = x->row + r - leaf->plan->row_base;
-        const char *src = (const char *)x->in[0];
-        for (int a = t.rank - 2; a >= 0; a--) {            // the row's number, axis by axis
-            src += at % t.shape[a] * stride[a];
-            at /= t.shape[a];
-        }
-        if (n->dtype == MIL_I64) {
-            int64_t *dst = (int64_t *)x->out + r * cols;
-            for (int64_t j = 0; j < cols; j++) dst[j] = mili_integer_at(MILI_K(x), src + j * step, t.dtype);
-        } else if (step == width) mili_convert(MILI_K(x), MILI_OUT(x) + r * cols, src, t.dtype, cols);
-        else for (int64_t j = 0; j < cols; j++) mili_convert(MILI_K(x), MILI_OUT(x) + r * cols + j, src + j * step, t.dtype, 1);
-    }
+    mili_convert_rows(MILI_K(x), &t, x->in[0], x->row - leaf->plan->row_base, x->rows, n->dtype, x->out);
 }
 static const mil_op mili_op_convert = { "convert", mili_convert_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, MILI_OP_SOURCE | MILI_OP_CHEAP };
 
@@ -5933,7 +5962,7 @@ MILI_FN mil_node *mili_as(mil_node *x, mil_dtype dtype)
             return mil_tape_fail(x->tape, MIL_ERROR_UNSUPPORTED, "an input that wants a gradient must be packed %s", mil_dtype_name(MIL_REAL_DTYPE));
         *converted = mili_record(x->tape, &s);
     }
-    return *converted;
+    return *converted ? mili_present(x->tape, *converted) : NULL;
 }
 MILI_FN mil_node *mili_real(mil_node *x) { return mili_as(x, MIL_REAL_DTYPE); }
 MILI_FN mil_node *mili_index(mil_node *x) { return mili_as(x, MIL_I64); }
@@ -5957,7 +5986,7 @@ MIL_DEF mil_node *mil_constant(mil_tape *tape, int rank, const int64_t *shape, d
 }
 
 // ---- element by element, one input ----
-// X(name, what the derivative is computed from: x or y)
+// X(name, text): the ops of MIL_UNARY_LIST, then those with numbers of their own; the text is not used here.
 #define MILI_UNARY_EXTRA(X) X(leaky_relu, "") X(clamp, "") X(affine, "")
 #define MILI_UNARY_ENUM(name, text) MILI_UNARY_##name,
 typedef enum mili_unary_kind { MIL_UNARY_LIST(MILI_UNARY_ENUM) MILI_UNARY_EXTRA(MILI_UNARY_ENUM) MILI_UNARY_COUNT } mili_unary_kind;
@@ -7627,22 +7656,32 @@ MILI_FN void mili_permutation_run(const mil_exec *x)       // Fisher and Yates
 }
 static const mil_op mili_op_permutation = MILI_WHOLE_OP("permutation", mili_permutation_run, NULL);
 
-// The n-th draw of the same name on a tape is called "name.n".
-MILI_FN int mili_draw_name(mil_tape *tape, const char *name, char *full, size_t size)
+MILI_FN int64_t mili_draw_find(const mil_tape *tape, const char *name)
 {
     int64_t i = 0;
     while (i < tape->drawn_count && strcmp(tape->drawn[i].name, name) != 0) i++;
-    if (i == tape->drawn_count) {
-        if (!mili_reserve(tape->ctx, (void **)&tape->drawn, &tape->drawn_capacity, i + 1, sizeof *tape->drawn)) { mili_tape_fail_ctx(tape); return 0; }
-        tape->drawn[i].name = mili_arena_text(tape->ctx, &tape->arena, name);
-        tape->drawn[i].times = 0;
-        if (!tape->drawn[i].name) { mili_tape_fail_ctx(tape); return 0; }
-        tape->drawn_count++;
-    }
-    const int64_t times = tape->drawn[i].times++;
-    if (times) snprintf(full, size, "%s.%lld", name, (long long)times);
-    else snprintf(full, size, "%s", name);
+    return i;
+}
+
+MILI_FN int mili_draw_add(mil_tape *tape, const char *name)
+{
+    const int64_t i = tape->drawn_count;
+    if (!mili_reserve(tape->ctx, (void **)&tape->drawn, &tape->drawn_capacity, i + 1, sizeof *tape->drawn)) { mili_tape_fail_ctx(tape); return 0; }
+    tape->drawn[i].name = mili_arena_text(tape->ctx, &tape->arena, name);
+    tape->drawn[i].times = 1;
+    if (!tape->drawn[i].name) { mili_tape_fail_ctx(tape); return 0; }
+    tape->drawn_count++;
     return 1;
+}
+
+// The n-th draw of the same name on a tape is called "name.n", or the next such name that is free: two draws never share values.
+MILI_FN int mili_draw_name(mil_tape *tape, const char *name, char *full, size_t size)
+{
+    const int64_t i = mili_draw_find(tape, name);
+    snprintf(full, size, "%s", name);
+    if (i == tape->drawn_count) return mili_draw_add(tape, full);
+    do snprintf(full, size, "%s.%lld", name, (long long)tape->drawn[i].times++); while (mili_draw_find(tape, full) < tape->drawn_count);
+    return mili_draw_add(tape, full);
 }
 
 // The draw: the caller's values if there are any under this name, else a node of `op`.
@@ -8214,7 +8253,7 @@ MILI_FN void mili_attention_grad(mil_node *n, mil_node *dy)
 static const mil_op mili_op_attention = { "attention", mili_attention_run, NULL, NULL, NULL, NULL, NULL, mili_attention_scratch_bytes, mili_attention_prepare_bytes,
                                           mili_attention_prepare, MILI_GRAD(mili_attention_grad), 0 };
 
-static const mil_op mili_op_attention_keys = { "attention", NULL, mili_attention_state_bytes, mili_attention_begin, mili_attention_step, mili_attention_merge,
+static const mil_op mili_op_attention_keys = { "attention_keys", NULL, mili_attention_state_bytes, mili_attention_begin, mili_attention_step, mili_attention_merge,
                                                mili_attention_finish, mili_attention_scratch_bytes, NULL, NULL, MILI_GRAD(mili_attention_grad), 0 };
 
 // q [B, N, H d], k [B, M, H d] (and v [B, M, H e]), mask [B, M]: NULL, or what does not fit.
@@ -9043,10 +9082,11 @@ MIL_DEF mil_node *mil_drop_path(mil_node *x, double rate, const char *draw)
     return mili_dropout(x, shape, rate, draw);
 }
 
-// ---- the list of all ops ----
-// An op that is not one of the lists above (unary, binary, reductions) has its row here.
+// ---- the list of ops ----
+// What users record by name, and its gradients; not what is the tape's own (inputs, parameters, second results) or the
+// optimizers'. An op that is not one of the lists above (unary, binary, reductions) has its row here.
 #define MILI_OPS(X) X(convert) X(constant) X(reshape) X(detach) X(permute) X(concat) X(slice) X(pad) X(softmax) X(linear) X(matmul_tn) \
-    X(matmul) X(softmax_pool) X(layer_norm) X(gather) X(scatter_add) X(one_hot) X(random) X(permutation) X(attention)                 \
+    X(matmul) X(softmax_pool) X(layer_norm) X(gather) X(scatter_add) X(one_hot) X(random) X(permutation) X(attention) X(attention_keys) \
     X(attention_weights) X(run_mean) X(identity_minus) X(conv) X(topk) X(argsort) X(knn) X(gather_rows) X(svm)
 #ifndef MIL_NO_TRAINING
 #define MILI_GRAD_OPS(X) X(unary_grad) X(select_grad) X(place) X(softmax_grad) X(layer_norm_grad) X(attention_dq) X(attention_dkv) \
@@ -9405,7 +9445,7 @@ MIL_DEF mil_nystrom_layer mil_declare_nystrom(mil_builder *b, const mil_nystrom_
     return layer;
 }
 
-// 0 for a missing row of y: y e + other (1 - e), e [B, m] of 0 and 1.
+// y where e is 1, other where it is 0: y e + other (1 - e), e [B, m].
 MILI_FN mil_node *mili_where_row(mil_node *y, mil_node *e, mil_node *other)
 {
     int64_t shape[3];
@@ -10355,6 +10395,9 @@ enum { MILI_OS_FOLDER = -1, MILI_OS_NOT_FILE = -2, MILI_OS_SHRANK = -3, MILI_OS_
 #include <unistd.h>
 #if defined(__GLIBC__) && defined(__STRICT_ANSI__) && !defined(__cplusplus)
 int fsync(int fd);                                         // in libc, but hidden from -std=c99
+#ifndef __cplusplus
+int fchmod(int fd, mode_t mode);
+#endif
 #endif
 #ifndef O_CLOEXEC
 #define MILI_O_CLOEXEC 0
@@ -10448,13 +10491,15 @@ MILI_FN long mili_os_create(const char *path, const char *like, mili_fd *fd)
 {
     struct stat info;
     mode_t mode = 0666;
-    if (MILI_OS_STAT(like, &info) == 0) {
+    const int exists = MILI_OS_STAT(like, &info) == 0;
+    if (exists) {
         if (S_ISDIR(info.st_mode)) return MILI_OS_FOLDER;
         if (!S_ISREG(info.st_mode)) return MILI_OS_NOT_FILE;
         mode = info.st_mode & 0777;
     }
     do *fd = MILI_OS_OPEN(path, O_WRONLY | O_CREAT | O_EXCL | MILI_O_CLOEXEC, mode); while (*fd < 0 && errno == EINTR);
     if (*fd < 0) return errno == EEXIST ? (long)MILI_OS_EXISTS : mili_os_error();
+    if (exists && fchmod(*fd, mode) != 0) errno = 0;       // the umask does not count here; where it cannot be set, it does
     return 0;
 }
 
@@ -11486,7 +11531,7 @@ MIL_DEF const char *mil_tensors_meta(const mil_tensors *file, const char *key)
 // ---- safetensors: writing ----
 
 // The reference's order of dtypes, by growing alignment; the writer goes from the last to the first.
-MILI_FN int mili_tensors_rank(mil_dtype dtype)
+MILI_FN int mili_dtype_order(mil_dtype dtype)
 {
     static const mil_dtype order[] = { MIL_BOOL, MIL_U8, MIL_I8, MIL_I16, MIL_U16, MIL_F16, MIL_BF16, MIL_I32, MIL_U32, MIL_F32,
                                        MIL_F64, MIL_I64, MIL_U64 };
@@ -11508,7 +11553,7 @@ typedef struct mili_tensors_plan {
 MILI_FN int mili_plan_compare(const void *arg, int64_t a, int64_t b)
 {
     const mili_tensors_plan *plan = (const mili_tensors_plan *)arg;
-    const int x = mili_tensors_rank(plan->tensors[a].dtype), y = mili_tensors_rank(plan->tensors[b].dtype);
+    const int x = mili_dtype_order(plan->tensors[a].dtype), y = mili_dtype_order(plan->tensors[b].dtype);
     return x != y ? y - x : strcmp(plan->names[a], plan->names[b]);
 }
 
@@ -15227,7 +15272,7 @@ MILI_FN mil_status mili_prepare_update(mil_trainer *t)
         t->plan = NULL;
         mil_tape_reset(t->update);
         mili_record_update(t);
-        if (mili_tape_check(t->update) != MIL_OK || mili_plan_run(t->update, &t->plan) != MIL_OK) return ctx->status;
+        if (mil_tape_status(t->update) != MIL_OK || mili_plan_run(t->update, &t->plan) != MIL_OK) return ctx->status;
         mili_plan_done(t->update, t->plan);                // it is kept, and run at every update
     }
     if (!t->started && mili_host_memory(ctx) == 0 && ctx->backend) ctx->backend->synchronize(ctx->backend_self);
@@ -15303,7 +15348,7 @@ MILI_FN mil_status mili_record_bag(mil_trainer *t, const mil_bag *bag, const mil
         mil_update(&slot->grad, slot->has_grad ? mil_add(mil_use(tape, &slot->grad), g) : g);
     }
     if (tape->status == MIL_OK && !any) mil_tape_fail(tape, MIL_ERROR_STATE, "trainer: every parameter that the loss depends on is frozen");
-    return mili_tape_check(tape);
+    return mil_tape_status(tape);
 }
 
 // The first row of the bag that holds NaN or infinity, counted over all bags of a batch; -1: none does.
@@ -17644,11 +17689,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_PLAIN_ROWS
 #undef MILI_POSIX
 #undef MILI_PREFETCH
-#undef MILI_REAL_IS1
-#undef MILI_REAL_IS2
 #undef MILI_REAL_IS_DOUBLE
-#undef MILI_REAL_IS_double
-#undef MILI_REAL_IS_float
 #undef MILI_REAL_MAX
 #undef MILI_REAL_NAME_double
 #undef MILI_REAL_NAME_float
