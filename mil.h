@@ -685,7 +685,7 @@ MIL_API mil_status mil_model_init(mil_model *model, uint64_t seed);             
 typedef struct mil_load_options {
     int allow_missing;       // tensors that the file lacks keep their values (else an error that names them)
     int allow_extra;         // tensors that the model lacks are skipped (else an error that names them)
-    int new_head;            // the classification head is left fresh, as MIL-Lab does for another task, whatever the file has of it
+    int new_head;            // the classification head keeps its present values (fresh in a model just created), whatever the file has of it
     int check_finite;        // NaN or infinity in a weight is an error (default 1)
 } mil_load_options;
 MIL_API mil_load_options mil_load_options_default(void);
@@ -834,7 +834,7 @@ MIL_API mil_scorer_options mil_scorer_options_default(void);                    
 MIL_API mil_scorer *mil_scorer_create(mil_model *model, const mil_scorer_options *options);
 MIL_API void mil_scorer_free(mil_scorer *scorer);                                           // NULL is fine
 // The most that a scorer of this model takes from the allocator, block headers included, when a bag of `instances` without a
-// mask is scored and options->capacity or the first bag is that large. Without capacity a bag that comes in pieces makes the
+// mask is scored and options->capacity is that large. Without capacity a bag that comes in pieces makes the
 // memory grow by doubling, with old and new held for a moment: up to 3 times as much. 0 on error. Needs memory for the
 // recorded model while it looks. A fixed block (mil_context_options.memory) holds the context, 3 KB at most, the model (what
 // mil_context_bytes shows after creating it, and 128 bytes for each of its parameters and 1 KB for block headers), and this.
@@ -906,7 +906,7 @@ MIL_API mil_node *mil_bce_with_logits(mil_node *logits, mil_node *targets, doubl
     X(CHOICE, schedule,        "constant", "constant|step|cosine", "of the learning rate")                                      \
     X(INT,    schedule_unit,   "1",        "1..",  "updates per unit of t; updates per epoch: the rate changes between epochs") \
     X(INT,    steps,           "0",        "0..",  "cosine: the t at which min_lr is reached, the warm-up's t included")        \
-    X(REAL,   min_lr,          "0",        "0..",  "cosine: min_lr + (lr - min_lr) (1 + cos(pi t / steps)) / 2")               \
+    X(REAL,   min_lr,          "0",        "0..",  "cosine: min_lr + (lr - min_lr) (1 + cos(pi t / steps)) / 2, then min_lr")  \
     X(REAL,   gamma,           "0.1",      "0..",  "step: lr gamma^floor(t / every)")                                           \
     X(REAL,   every,           "1",        "0..",  "step: need not be whole")                                                   \
     X(INT,    warmup,          "0",        "0..",  "t < warmup: warmup_lr + t (lr - warmup_lr) / warmup")                       \
@@ -1011,7 +1011,7 @@ typedef enum mil_metric {
 typedef struct mil_metrics {
     int64_t count;                                        // n
     int64_t class_count;                                  // C, 2 when one column was given
-    int64_t absent_count;                                 // classes without a bag; averages over classes leave them out
+    int64_t absent_count;                                 // classes without a bag: left out of balanced accuracy, AUROC and average precision, and, when not predicted either, of the others
 #define MIL_X(NAME, member, sign, meaning) double member;
     MIL_METRIC_LIST(MIL_X)
 #undef MIL_X
@@ -1050,7 +1050,7 @@ typedef enum mil_average { MIL_AVERAGE_MACRO, MIL_AVERAGE_WEIGHTED } mil_average
 
 // With tp, fp, fn, tn of class c against the rest:
 //   precision tp / (tp + fp)    recall tp / (tp + fn)    specificity tn / (tn + fp)    F1 2 tp / (2 tp + fp + fn)
-// A quotient with denominator 0 is 0. The mean leaves out classes with tp + fp + fn = 0 (neither seen nor predicted), as
+// A quotient with denominator 0 is 0, and NaN for a class neither seen nor predicted. The mean leaves out classes with tp + fp + fn = 0 (neither seen nor predicted), as
 // torchmetrics and scikit-learn do. per_class [C], NULL when not wanted, receives each class's value (NaN for one left out).
 MIL_API mil_status mil_metric_precision(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
                                         double *per_class, double *value);
@@ -12247,6 +12247,8 @@ MILI_FN int mili_plain_text(const char *text, size_t size)
     return 1;
 }
 
+MILI_FN int mili_is_blank(char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r'; }
+
 // Items of "[a, b]", quotes optional; "null" and "[]" have none. Each is copied to `item`. Returns the count, -1 when malformed or too many.
 MILI_FN int mili_list_items(const char *text, char item[][MIL_OPTION_TEXT_SIZE])
 {
@@ -12255,18 +12257,18 @@ MILI_FN int mili_list_items(const char *text, char item[][MIL_OPTION_TEXT_SIZE])
     int count = 0;
     if (*at++ != '[') return -1;
     for (;;) {
-        while (*at == ' ') at++;
+        while (mili_is_blank(*at)) at++;
         if (*at == ']' && count == 0) break;
         size_t n = 0;
         const char quote = *at == '"' || *at == '\'' ? *at++ : 0;
         if (count == MIL_OPTION_LIST_SIZE) return -1;
-        while (*at && (quote ? *at != quote : *at != ',' && *at != ']' && *at != ' ')) {
+        while (*at && (quote ? *at != quote : *at != ',' && *at != ']' && !mili_is_blank(*at))) {
             if (n == MIL_OPTION_TEXT_SIZE - 1) return -1;
             item[count][n++] = *at++;
         }
         if ((quote && *at++ != quote) || (!quote && n == 0) || !mili_plain_text(item[count], n)) return -1;
         item[count++][n] = 0;
-        while (*at == ' ') at++;
+        while (mili_is_blank(*at)) at++;
         if (*at == ',') { at++; continue; }
         if (*at != ']') return -1;
         break;
@@ -12379,8 +12381,9 @@ MILI_FN mil_status mili_parse_options_json(mil_context *ctx, const mil_option *t
         const size_t n = mili_json_copy(key, name, sizeof name, &nul);
         if (n >= sizeof name || nul) return mili_fail(ctx, MIL_ERROR_UNKNOWN, "%s: no option %s", what, mili_quote_n(key.text, key.size).text);
         if (ignored) {
-            const char *at = strstr(ignored, name);
-            if (at && n && (at == ignored || at[-1] == ' ') && (at[n] == ' ' || at[n] == 0)) continue;
+            const char *at = n ? strstr(ignored, name) : NULL;                       // a whole word of the list
+            while (at && !((at == ignored || at[-1] == ' ') && (at[n] == ' ' || at[n] == 0))) at = strstr(at + 1, name);
+            if (at) continue;
         }
         size_t size = value.size;
         if (mili_json_kind(value) == '"') size = mili_json_copy(value, text, sizeof text, &nul);
@@ -12641,10 +12644,18 @@ MILI_FN mil_status mili_param_fill(mil_param *p, uint64_t seed)
     return ctx->status;
 }
 
+// While a trainer's averaged weights are swapped in, what is written would be dropped when they are swapped back.
+MILI_FN mil_status mili_not_averaged(const mil_model *model, const char *where)
+{
+    if (!model->averaged) return MIL_OK;
+    return mili_fail(model->ctx, MIL_ERROR_STATE, "%s: the averaged weights of a trainer are swapped into %s; swap them back first", where, model->name);
+}
+
 MIL_DEF mil_status mil_model_init(mil_model *model, uint64_t seed)
 {
     if (!model) return MIL_ERROR_ARGUMENT;
     mili_enter(model->ctx);
+    if (mili_not_averaged(model, "mil_model_init") != MIL_OK) return model->ctx->status;
     for (int64_t i = 0; i < model->param_count; i++) if (mili_param_fill(model->param[i], seed) != MIL_OK) break;
     return model->ctx->status;
 }
@@ -12664,7 +12675,7 @@ MIL_DEF mil_status mil_register(mil_context *ctx, const mil_architecture *archit
 {
     if (!ctx) return MIL_ERROR_ARGUMENT;
     mili_enter(ctx);
-    if (!architecture || !architecture->name || !architecture->declare || !architecture->forward || architecture->config_count < 1)
+    if (!architecture || !architecture->name || !architecture->declare || !architecture->forward || architecture->config_count < 1 || !architecture->configs)
         return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_register: an architecture needs a name, a config, declare and forward");
     const mil_option *in_dim = mili_option_find(architecture->options, architecture->option_count, "in_dim");
     if (!in_dim || in_dim->type != MIL_OPTION_INT)
@@ -12870,13 +12881,22 @@ MIL_DEF mil_param *mil_model_find(const mil_model *model, const char *key)
     return NULL;
 }
 
+// What read and write ask of the caller.
+MILI_FN mil_status mili_param_asked(const mil_param *param, const void *memory, int64_t count, const char *where)
+{
+    mil_context *ctx = param->model->ctx;
+    if (!memory) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: %s: the caller's memory is NULL", where, param->key);
+    if (param->dtype != MIL_REAL_DTYPE) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: %s holds %s, no mil_real", where, param->key, mil_dtype_name(param->dtype));
+    if (count != param->count) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "%s: %s has %lld elements, not %lld", where, param->key, (long long)param->count, (long long)count);
+    return MIL_OK;
+}
+
 MIL_DEF mil_status mil_param_read(const mil_param *param, mil_real *dst, int64_t count)
 {
     if (!param) return MIL_ERROR_ARGUMENT;
     mil_context *ctx = param->model->ctx;
     mili_enter(ctx);
-    if (!dst || count != param->count || param->dtype != MIL_REAL_DTYPE)
-        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_param_read: %s has %lld elements of %s, not %lld", param->key, (long long)param->count, mil_dtype_name(param->dtype), (long long)count);
+    if (mili_param_asked(param, dst, count, "mil_param_read") != MIL_OK) return ctx->status;
     if (ctx->backend) ctx->backend->synchronize(ctx->backend_self);
     return mili_download(ctx, dst, param->data, (size_t)count * sizeof *dst);
 }
@@ -12886,8 +12906,8 @@ MIL_DEF mil_status mil_param_write(mil_param *param, const mil_real *src, int64_
     if (!param) return MIL_ERROR_ARGUMENT;
     mil_context *ctx = param->model->ctx;
     mili_enter(ctx);
-    if (!src || count != param->count || param->dtype != MIL_REAL_DTYPE)
-        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_param_write: %s has %lld elements of %s, not %lld", param->key, (long long)param->count, mil_dtype_name(param->dtype), (long long)count);
+    if (mili_param_asked(param, src, count, "mil_param_write") != MIL_OK) return ctx->status;
+    if (mili_not_averaged(param->model, "mil_param_write") != MIL_OK) return ctx->status;
     param->version++;
     return mili_upload(ctx, param->data, src, (size_t)count * sizeof *src);
 }
@@ -12907,6 +12927,8 @@ MIL_DEF mil_status mil_model_set_metadata(mil_model *model, const char *key, con
     mili_enter(ctx);
     if (!key || !*key) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_model_set_metadata: no key");
     if (mili_is_own_meta(key)) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_model_set_metadata: %s is written by mil_save itself", key);
+    if (!mili_utf8_valid(key, strlen(key)) || (value && !mili_utf8_valid(value, strlen(value))))
+        return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_model_set_metadata: %s: key or value is not UTF-8, and could not be saved", mili_quote(key).text);
     mili_pair fresh;
     memset(&fresh, 0, sizeof fresh);
     if (value) {
@@ -13060,10 +13082,7 @@ MILI_FN mil_status mili_load_tensors(mil_model *model, const mil_tensors *file, 
     void *copy = NULL;
     if (!from) return ctx->status;
     for (int64_t i = 0; i < model->param_count; i++) from[i] = -1;
-    if (model->averaged) {                                 // swapping back would drop what is loaded now
-        mili_fail(ctx, MIL_ERROR_STATE, "%s: the averaged weights of a trainer are swapped into %s; swap them back first", where, model->name);
-        goto done;
-    }
+    if (mili_not_averaged(model, where) != MIL_OK) goto done;
 
     for (int64_t t = 0; t < tensors; t++) {
         const char *name = mil_tensors_name(file, t);
@@ -13452,9 +13471,40 @@ MILI_FN int mili_with_batch(mil_tensor *t, int rank)
     mili_tensor_strides(t, stride);
     for (int a = rank - 1; a > 0; a--) { t->shape[a] = t->shape[a - 1]; t->stride[a] = stride[a - 1]; }
     t->shape[0] = 1;
-    t->stride[0] = stride[0] * t->shape[1];
+    t->stride[0] = (int64_t)((uint64_t)stride[0] * (uint64_t)t->shape[1]);    // of the only bag: may wrap, is never used
     t->rank = rank;
     return 1;
+}
+
+// The first real row of the bag that holds NaN or infinity, counted over all bags of a batch; -1: none does. The bag's shapes
+// have been checked.
+MILI_FN int64_t mili_bag_not_finite(const mil_context *ctx, const mil_bag *bag)
+{
+    const mili_kernels *K = ctx->kernels;
+    mil_tensor x = bag->features, mask = bag->mask;
+    int64_t stride[MIL_MAX_RANK], mask_stride[MIL_MAX_RANK];
+    mil_real part[64];
+    mili_with_batch(&x, 3);
+    mili_tensor_strides(&x, stride);
+    if (mask.data) {
+        mili_with_batch(&mask, 2);
+        mili_tensor_strides(&mask, mask_stride);
+    }
+    const int64_t N = x.shape[1], D = x.shape[2], width = (int64_t)mil_dtype_size(x.dtype);
+    for (int64_t r = 0; r < x.shape[0] * N; r++) {
+        const char *at = (const char *)x.data + r / N * stride[0] + r % N * stride[1];
+        if (mask.data) {
+            mili_convert(K, part, (const char *)mask.data + r / N * mask_stride[0] + r % N * mask_stride[1], mask.dtype, 1);
+            if (part[0] == 0) continue;
+        }
+        for (int64_t c = 0; c < D; c += MILI_COUNT(part)) {
+            const int64_t n = MILI_MIN(D - c, MILI_COUNT(part));
+            if (stride[2] == width) mili_convert(K, part, at + c * width, x.dtype, n);
+            else for (int64_t i = 0; i < n; i++) mili_convert(K, part + i, at + (c + i) * stride[2], x.dtype, 1);
+            if (!K->finite(part, n)) return r;
+        }
+    }
+    return -1;
 }
 
 MILI_FN mil_node *mili_bag_input(mil_tape *tape, const char *name, const mil_tensor *t, int rank, int64_t B, int64_t N, int64_t cols)
@@ -13505,6 +13555,7 @@ MIL_DEF mil_status mil_model_record(mil_tape *tape, mil_model *model, const mil_
         in.features = out->features = mil_input(tape, "features", &f);
         if (in.features && (tape->options & (1u << MIL_TAPE_INPUT_GRADS))) in.features->flags |= MILI_WANTS_GRAD;
         in.mask = mili_bag_input(tape, "mask", &bag->mask, 2, f.shape[0], f.shape[1], 0);
+        if (in.mask) in.mask = mil_mask_fill(mil_constant(tape, 2, in.mask->shape, 1), in.mask, 0);        // any number but 0 is 1
         in.coords = mili_bag_input(tape, "coords", &bag->coords, 3, f.shape[0], f.shape[1], 2);
         if (tape->status == MIL_OK) model->arch->forward(model->layers, model->config, &in, out);
         if (out->loss && target && target->weight != 1) out->loss = mil_affine(out->loss, target->weight, 0);
@@ -13616,12 +13667,13 @@ MILI_FN mil_node *mili_contribution(const mil_linear_layer *head, mil_node *p, m
     return mil_mul(mil_linear(h, mil_use(h->tape, head->weight), NULL), p);
 }
 
-// What attention pooling of h [B, N, E] tells beside its result: the scores a [B, N, K], the weights softmax_n(a), and, with a linear
-// head and K = 1, the contributions. head NULL: without them.
-MILI_FN void mili_report_attention(mil_outputs *out, mil_node *a, mil_node *h, const mil_linear_layer *head)
+// What attention pooling of h [B, N, E] tells beside its result: the scores [B, N, K] as they are to be reported, the weights
+// softmax_n(pooled) of the scores that were pooled by (with a mask these differ), and, with a linear head and K = 1, the
+// contributions. head NULL: without them.
+MILI_FN void mili_report_attention(mil_outputs *out, mil_node *scores, mil_node *pooled, mil_node *h, const mil_linear_layer *head)
 {
-    out->attention_scores = a;
-    out->attention_weights = mil_softmax(a, 1);
+    out->attention_scores = scores;
+    out->attention_weights = mil_softmax(pooled, 1);
     if (head) out->contribution = mili_contribution(head, out->attention_weights, h);
 }
 
@@ -13640,7 +13692,10 @@ MILI_FN mil_node *mili_bag_loss(const mil_inputs *in, mil_node *logits)
 MILI_FN int64_t mili_target_label(const mil_target *target)
 {
     if (target->loss == MIL_LOSS_CE) return target->labels ? target->labels[0] : target->label;
-    return (int64_t)(target->values ? target->values[0] : target->value);
+    if (!target->values) return target->value > 0.5;
+    int64_t best = 0;
+    for (int64_t i = 1; i < target->count; i++) if (target->values[i] > target->values[best]) best = i;
+    return target->count > 1 ? best : target->values[0] > 0.5;
 }
 
 // loss = w cls_loss + (1 - w) instance_loss, and both by name.
@@ -13702,10 +13757,9 @@ MILI_FN void mili_abmil_forward(const void *model, const void *config, const mil
     mil_node *pooled = mili_mask_scores(a, mask);
     mil_node *z = mil_softmax_pool(pooled, h);                                                 // [B, 1, E]: one attention map, K = 1
 
-    if (mask) a = mil_mask_fill(a, mask, -(double)MILI_REAL_MAX);
-    out->attention = mil_transpose(a);                                                         // [B, 1, N]
-    mili_report_attention(out, pooled, h, c->num_classes ? &m->classifier : NULL);
-    out->attention_scores = a;
+    mil_node *raw = mask ? mil_mask_fill(a, mask, -(double)MILI_REAL_MAX) : a;                 // as they are reported
+    out->attention = mil_transpose(raw);                                                       // [B, 1, N]
+    mili_report_attention(out, raw, pooled, h, c->num_classes ? &m->classifier : NULL);
     out->slide_feats = mil_squeeze(z, 1);                                                      // [B, E]
     if (c->num_classes == 0) return;
     out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, C]
@@ -13750,7 +13804,7 @@ MILI_FN void mili_abmil_torchmil_forward(const void *model, const void *config, 
     // The reference reports the scores of padding as it finds it.
     mil_node *raw = mask ? mil_attention_scores(&m->pool, mil_mlp_forward(&m->feat_ext, in->features)) : f;
     out->attention = mil_squeeze(raw, 2);                                                      // [B, N]
-    mili_report_attention(out, a, x, &m->classifier);
+    mili_report_attention(out, mask ? mil_mask_fill(f, mask, -(double)MILI_REAL_MAX) : f, a, x, &m->classifier);
     out->slide_feats = mil_squeeze(z, 1);                                                      // [B, D]
     out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, 1]
     out->loss = mili_bag_loss(in, out->logits);
@@ -13823,9 +13877,8 @@ MILI_FN void mili_dsmil_forward(const void *model, const void *config, const mil
     const int64_t flat[2] = { -1, c->num_classes * c->embed_dim };                             // the convolution as a matrix
     mil_node *W = mil_reshape(mil_use(in->tape, m->classifier.weight), 2, flat);               // [C, C E]
     mil_node *bag = mil_linear(mil_reshape(F, 2, flat), W, mil_use(in->tape, m->classifier.bias));     // [B, C]
-    mili_report_attention(out, pooled, h, NULL);
+    mili_report_attention(out, mask ? mil_mask_fill(a, mask, -(double)MILI_REAL_MAX) : a, pooled, h, NULL);
     out->attention = out->attention_weights;                                                   // [B, N, C]
-    out->attention_scores = mask ? mil_mask_fill(a, mask, -(double)MILI_REAL_MAX) : a;
     out->slide_feats = F;
     mil_output(out, "instance_logits", s);
     mil_output(out, "bag_logits", bag);
@@ -13925,7 +13978,7 @@ MILI_FN void mili_wikg_forward(const void *model, const void *config, const mil_
     if (c->pool == MILI_WIKG_ATTN) {
         mil_node *a = mil_linear_forward(&m->gate2, mil_leaky_relu(mil_linear_forward(&m->gate0, u), 0.01));
         z = mil_softmax_pool(a, u);
-        mili_report_attention(out, a, u, NULL);                                                // a [B, N, 1]
+        mili_report_attention(out, a, a, u, NULL);                                             // a [B, N, 1]
     } else z = c->pool == MILI_WIKG_MEAN ? mil_mean(u, 1) : mil_max(u, 1);
     out->slide_feats = mil_layer_norm_forward(&m->norm, mil_squeeze(z, 1));                    // [B, E]
     out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [B, C]
@@ -14001,6 +14054,8 @@ MILI_FN mil_node *mili_clam_instance_loss(const mili_clam *m, const mili_clam_co
 // h [1, N, E], a [1, N, 1]. The choice by attention carries no gradient, the chosen rows do.
 MILI_FN void mili_clam_losses(const mili_clam *m, const mili_clam_config *c, const mil_inputs *in, mil_node *h, mil_node *a, mil_outputs *out)
 {
+    mil_node *cls = mil_loss_node(out->logits, in->target);    // which checks the target
+    if (!cls) return;
     const int64_t k = c->k_sample, N = in->features->shape[1], y = mili_target_label(in->target);
     if (k > N || y < 0 || y >= c->num_classes) {
         if (k > N)
@@ -14020,7 +14075,7 @@ MILI_FN void mili_clam_losses(const mili_clam *m, const mili_clam_config *c, con
         sum = sum ? mil_add(sum, loss) : loss;
     }
     if (c->subtyping) sum = mil_affine(sum, 1 / (double)c->num_classes, 0);
-    mili_two_losses(out, mil_loss_node(out->logits, in->target), sum, c->bag_weight);
+    mili_two_losses(out, cls, sum, c->bag_weight);
 }
 #endif
 
@@ -14031,7 +14086,7 @@ MILI_FN void mili_clam_forward(const void *model, const void *config, const mil_
     mil_node *h = mil_patch_mlp_forward(&m->embed, in->features);                              // [1, N, E]
     mil_node *a = mil_attention_scores(&m->scorer, h);                                         // [1, N, 1]
     out->attention = mil_squeeze(a, 2);                                                        // [1, N]
-    mili_report_attention(out, a, h, &m->classifier);
+    mili_report_attention(out, a, a, h, &m->classifier);
     out->slide_feats = mil_squeeze(mil_softmax_pool(a, h), 1);                                 // [1, E]
     out->logits = mil_linear_forward(&m->classifier, out->slide_feats);                        // [1, C]
     mil_output(out, "instance_feats", mil_squeeze(h, 0));                                      // [N, E]
@@ -14634,7 +14689,7 @@ MILI_FN void mili_rrt_forward(const void *model, const void *config, const mil_i
     x = mil_layer_norm_forward(&m->norm, x);                                                   // [B, N', M_f]
     if (c->pool == MILI_RRT_ATTN) {
         mil_node *a = mil_attention_scores(&m->scorer, x);                                     // [B, N', 1]
-        mili_report_attention(out, a, x, &m->classifier);
+        mili_report_attention(out, a, a, x, &m->classifier);
         out->attention = mil_squeeze(out->attention_weights, 2);                               // [B, N']
         out->slide_feats = mil_squeeze(mil_softmax_pool(a, x), 1);                             // [B, M_f]
     } else out->slide_feats = mil_squeeze(mil_mean(x, 1), 1);
@@ -14701,13 +14756,14 @@ static const mil_architecture mili_architectures[] = {
              "Tang et al.: Feature Re-Embedding, CVPR 2024",
              "model.", mili_rrt, mili_base_configs, "classifier", MIL_MODEL_BATCHES),
 #endif
+    { NULL, NULL, NULL, NULL, NULL, 0, 0, NULL, 0, 0, NULL, 0, NULL, NULL }            // the end: the list is never empty
 };
 #undef MILI_ROW
 
-MIL_DEF int64_t mil_architecture_count(void) { return MILI_COUNT(mili_architectures); }
+MIL_DEF int64_t mil_architecture_count(void) { return MILI_COUNT(mili_architectures) - 1; }
 MIL_DEF const mil_architecture *mil_architecture_at(int64_t i)
 {
-    return i >= 0 && i < MILI_COUNT(mili_architectures) ? &mili_architectures[i] : NULL;
+    return i >= 0 && i < mil_architecture_count() ? &mili_architectures[i] : NULL;
 }
 
 // ==== >>loss-code: cross-entropy, binary cross-entropy ============================================================
@@ -15037,6 +15093,7 @@ MILI_FN mil_status mili_train_check(mil_context *ctx, const mili_train_config *c
         if (!mili_is_finite_f64(value)) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: option %s is not finite", mili_train_options[i].name);
     }
     if (c->beta1 >= 1 || c->beta2 >= 1) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: beta1 %g and beta2 %g must be below 1", c->beta1, c->beta2);
+    if ((mil_real)c->eps == 0) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: eps=%g is 0 as a number of the arithmetic; a gradient of 0 would be divided by it", c->eps);
     if (c->ema >= 1) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: with ema=%g the average would never move; it must be below 1", c->ema);
     if (c->nesterov && c->momentum == 0) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: nesterov needs a momentum above 0");
     if (c->schedule == MILI_COSINE && c->steps < 1) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "trainer: schedule=cosine needs steps");
@@ -15302,6 +15359,7 @@ MILI_FN mil_status mili_run_update(mil_trainer *t)
         for (int64_t i = 0; i < t->slots; i++) t->slot[i].updates += t->slot[i].active;
         t->grad_norm = (double)norm;
         t->updates++;
+        mil_model_set_metadata(t->model, "mil.head", NULL);    // what it says of a fresh head is true no more
         t->started = 1;
     }
     for (int64_t i = 0; i < t->slots; i++) t->slot[i].has_grad = 0;
@@ -15351,27 +15409,9 @@ MILI_FN mil_status mili_record_bag(mil_trainer *t, const mil_bag *bag, const mil
     return mil_tape_status(tape);
 }
 
-// The first row of the bag that holds NaN or infinity, counted over all bags of a batch; -1: none does.
-MILI_FN int64_t mili_bag_not_finite(const mil_context *ctx, const mil_tensor *features)
-{
-    int64_t stride[MIL_MAX_RANK];
-    const int last = features->rank - 1;
-    mili_tensor_strides(features, stride);
-    const int64_t D = features->shape[last], N = features->shape[last - 1], rows = mil_tensor_count(features) / MILI_MAX(D, 1);
-    for (int64_t r = 0; r < rows; r++) {
-        const char *at = (const char *)features->data + r % N * stride[last - 1] + (last > 1 ? r / N * stride[0] : 0);
-        for (int64_t c = 0; c < D; c++) {
-            mil_real x;
-            mili_convert(ctx->kernels, &x, at + c * stride[last], features->dtype, 1);
-            if (!mili_is_finite(x)) return r;
-        }
-    }
-    return -1;
-}
-
 MILI_FN mil_status mili_loss_not_finite(mil_trainer *t, const mil_bag *bag, const char *call)
 {
-    const int64_t row = mili_bag_not_finite(t->ctx, &bag->features);
+    const int64_t row = mili_bag_not_finite(t->ctx, bag);
     if (row >= 0)
         return mili_fail(t->ctx, MIL_ERROR_NUMERIC, "%s: the loss is not finite; row %lld of the features holds NaN or infinity; nothing was updated", call, (long long)row);
     return mili_fail(t->ctx, MIL_ERROR_NUMERIC, "%s: the loss is not finite after %lld bags, though the features are; nothing was updated", call, (long long)t->bags);
@@ -15446,7 +15486,7 @@ failed:
 MIL_DEF int64_t mil_trainer_steps(const mil_trainer *t) { return t ? t->updates : 0; }
 MIL_DEF double mil_trainer_lr(const mil_trainer *t) { return t ? mili_schedule(&t->config, t->updates) * t->lr_scale : 0; }
 MIL_DEF double mil_trainer_grad_norm(const mil_trainer *t) { return t ? t->grad_norm : 0; }
-MIL_DEF void mil_trainer_scale_lr(mil_trainer *t, double factor) { if (t) t->lr_scale *= factor; }
+MIL_DEF void mil_trainer_scale_lr(mil_trainer *t, double factor) { if (t && factor >= 0 && mili_is_finite_f64(t->lr_scale * factor)) t->lr_scale *= factor; }
 MIL_DEF void mil_trainer_seed(mil_trainer *t, uint64_t seed) { if (t) t->seed = seed; }
 MIL_DEF mil_tape *mil_trainer_tape(mil_trainer *t) { return t ? t->tape : NULL; }
 
@@ -15611,6 +15651,8 @@ MILI_FN const mil_tensor *mili_state_tensor(mil_context *ctx, const mil_tensors 
     return NULL;
 }
 
+#define MILI_MOST_STEPS ((int64_t)1 << 53)                   // what a double counts
+
 // Checks the state and, with `take`, copies it. Taking cannot fail on memory that checking has passed, but for a backend's.
 MILI_FN mil_status mili_state_read(mil_trainer *t, mili_arena *arena, const mil_tensors *file, int take)
 {
@@ -15630,7 +15672,8 @@ MILI_FN mil_status mili_state_read(mil_trainer *t, mili_arena *arena, const mil_
     memcpy(&lr_scale, scale->data, sizeof lr_scale);
     const int started = counter[MILI_COUNT_STARTED] != 0;
     if (counter[MILI_COUNT_UPDATES] < 0 || counter[MILI_COUNT_BAGS] < 0 || counter[MILI_COUNT_ACCUMULATED] < 0 ||
-        counter[MILI_COUNT_ACCUMULATED] > counter[MILI_COUNT_BAGS] || started != (counter[MILI_COUNT_UPDATES] > 0) || !mili_is_finite_f64(lr_scale))
+        counter[MILI_COUNT_ACCUMULATED] > counter[MILI_COUNT_BAGS] || counter[MILI_COUNT_ACCUMULATED] >= MILI_MAX(t->config.accumulate, 1) ||
+        counter[MILI_COUNT_UPDATES] > MILI_MOST_STEPS || counter[MILI_COUNT_BAGS] > MILI_MOST_STEPS || started != (counter[MILI_COUNT_UPDATES] > 0) || !mili_is_finite_f64(lr_scale))
         return mili_fail(ctx, MIL_ERROR_FORMAT, "trainer state: the counters contradict each other");
 
     for (int64_t i = 0; i < t->slots; i++) {
@@ -15883,9 +15926,6 @@ MILI_FN mil_status mili_scorer_open(mil_scorer *s, int64_t capacity)
         snprintf(s->reason, sizeof s->reason, "backend %s does not stream; use mil_scorer_score", ctx->backend->name);
         return MIL_OK;
     }
-    if (mili_scorer_order(s, capacity) != MIL_OK) return ctx->status;
-    old.order = s->order;
-    old.order_rows = s->order_rows;
     tape = (mil_tape *)mili_alloc_zero(ctx, sizeof *tape);
     if (!tape) return ctx->status;
     tape->ctx = ctx;
@@ -15904,6 +15944,9 @@ MILI_FN mil_status mili_scorer_open(mil_scorer *s, int64_t capacity)
             s->refused = ctx->status == MIL_OK;
             goto fail;
         }
+        if (mili_scorer_order(s, capacity) != MIL_OK) goto fail;
+        old.order = s->order;
+        old.order_rows = s->order_rows;
         plan->memory = mili_take_workspace(tape, plan->bytes);
         if (!plan->memory || mili_bind(tape, plan) != MIL_OK) goto fail;
         size_t states = 0;
@@ -16251,7 +16294,7 @@ MIL_DEF mil_status mil_scorer_score(mil_scorer *s, const mil_bag *bag)
     int64_t stride[MIL_MAX_RANK];
     const int one = mil_tensor_count(f) >= 0 && f->data && (f->rank == 2 || (f->rank == 3 && f->shape[0] == 1)) && f->shape[f->rank - 1] == D && f->shape[f->rank - 2] > 0;
     if (one) mili_tensor_strides(f, stride);
-    if (!s->refused && one && !bag->mask.data && !bag->extra_count && stride[f->rank - 1] == (int64_t)mil_dtype_size(f->dtype) &&
+    if (!s->refused && one && !bag->mask.data && !bag->extra_count && (!bag->coords.data || mil_tensor_count(&bag->coords) == 2 * f->shape[f->rank - 2]) && stride[f->rank - 1] == (int64_t)mil_dtype_size(f->dtype) &&
         (stride[f->rank - 2] >= D * (int64_t)mil_dtype_size(f->dtype) || f->shape[f->rank - 2] == 1)) {
         mil_scorer_reset(s);
         const int64_t n = f->shape[f->rank - 2];
@@ -16268,7 +16311,11 @@ MIL_DEF mil_status mil_scorer_score(mil_scorer *s, const mil_bag *bag)
     s->gives[0] = 0;
     memset((void *)s->node[0], 0, sizeof s->node[0]);
     if (mil_tensor_count(f) >= 0 && f->rank > 1 && mili_scorer_order(s, f->shape[f->rank - 2]) != MIL_OK) return ctx->status;
-    if (mil_model_record(s->whole, s->model, bag, NULL, &out) == MIL_OK) mili_scorer_keep(s, &out, 0);
+    if (mil_model_record(s->whole, s->model, bag, NULL, &out) == MIL_OK) {
+        const int64_t bad = mili_bag_not_finite(ctx, bag);
+        if (bad >= 0) return mili_fail(ctx, MIL_ERROR_NUMERIC, "mil_scorer_score: row %lld of the features holds NaN or infinity", (long long)bad);
+        mili_scorer_keep(s, &out, 0);
+    }
     if (mil_tape_run(s->whole) != MIL_OK) return ctx->status;
     s->results_at = 0;
     s->whole_rows = f->shape[f->rank - 2];
@@ -16447,7 +16494,7 @@ MIL_DEF mil_status mil_selftest(mil_context *ctx)
 {
     static const double stored[MILI_TEST_C] = { 3.01282810, 0.93454037, 0.18427203 };
     const size_t bag_bytes = MILI_TEST_N * MILI_TEST_D * sizeof(float);
-    const double tolerance = MIL_REAL_IS_FLOAT ? 2e-5 : 1e-10;
+    const double tolerance = ctx && ctx->precision == MIL_PRECISION_BF16 ? 2e-2 : MIL_REAL_IS_FLOAT ? 2e-5 : 1e-10;
     mil_real whole[MILI_TEST_C], other[MILI_TEST_C];
     double reference[MILI_TEST_C];
     size_t size = 0;
@@ -16656,13 +16703,23 @@ MIL_DEF mil_status mil_metric_confusion(mil_context *ctx, const int64_t *predict
 
 typedef struct { double tp, fp, fn, tn; } mili_counts;
 
-// Class c of confusion [C, C] against the rest.
-MILI_FN mili_counts mili_counts_of(const int64_t *confusion, int64_t C, int64_t c)
+MILI_FN double mili_confusion_sum(const int64_t *confusion, int64_t C)
 {
-    mili_counts k = { 0, 0, 0, 0 };
-    for (int64_t t = 0; t < C; t++)
-        for (int64_t p = 0; p < C; p++)
-            *(t == c ? p == c ? &k.tp : &k.fn : p == c ? &k.fp : &k.tn) += (double)confusion[t * C + p];
+    double n = 0;
+    for (int64_t i = 0; i < C * C; i++) n += (double)confusion[i];
+    return n;
+}
+
+// Class c of confusion [C, C], whose sum is n, against the rest.
+MILI_FN mili_counts mili_counts_of(const int64_t *confusion, int64_t C, int64_t c, double n)
+{
+    mili_counts k = { (double)confusion[c * C + c], 0, 0, 0 };
+    for (int64_t i = 0; i < C; i++) {
+        if (i == c) continue;
+        k.fp += (double)confusion[i * C + c];
+        k.fn += (double)confusion[c * C + i];
+    }
+    k.tn = n - k.tp - k.fp - k.fn;
     return k;
 }
 
@@ -16690,9 +16747,10 @@ MILI_FN double mili_mean_value(mili_mean m) { return m.weight > 0 ? m.sum / m.we
 
 MILI_FN double mili_class_mean(const int64_t *confusion, int64_t C, mil_average average, int what, double *per_class)
 {
+    const double n = mili_confusion_sum(confusion, C);
     mili_mean mean = { 0, 0 };
     for (int64_t c = 0; c < C; c++) {
-        const mili_counts k = mili_counts_of(confusion, C, c);
+        const mili_counts k = mili_counts_of(confusion, C, c, n);
         const double value = mili_class_value(k, what);
         if (per_class) per_class[c] = value;
         mili_mean_add(&mean, value, average == MIL_AVERAGE_WEIGHTED ? k.tp + k.fn : 1);
@@ -16702,41 +16760,45 @@ MILI_FN double mili_class_mean(const int64_t *confusion, int64_t C, mil_average 
 
 MILI_FN double mili_accuracy(const int64_t *confusion, int64_t C)
 {
-    double right = 0, all = 0;
-    for (int64_t i = 0; i < C * C; i++) {
-        all += (double)confusion[i];
-        if (i / C == i % C) right += (double)confusion[i];
-    }
-    return right / all;
+    double right = 0;
+    for (int64_t c = 0; c < C; c++) right += (double)confusion[c * C + c];
+    return right / mili_confusion_sum(confusion, C);
 }
 
 MILI_FN double mili_balanced_accuracy(const int64_t *confusion, int64_t C)
 {
+    const double n = mili_confusion_sum(confusion, C);
     mili_mean mean = { 0, 0 };
     for (int64_t c = 0; c < C; c++) {
-        const mili_counts k = mili_counts_of(confusion, C, c);
+        const mili_counts k = mili_counts_of(confusion, C, c, n);
         if (k.tp + k.fn > 0) mili_mean_add(&mean, k.tp / (k.tp + k.fn), 1);
     }
     return mili_mean_value(mean);
 }
 
+// 1 - sum w o / sum w e, w the weight of a disagreement, o the counts, e those that row and column sums lead one to expect. Columns
+// are summed some at a time, for want of memory for all, so that many classes do not cost their number cubed.
 MILI_FN double mili_kappa(const int64_t *confusion, int64_t C, mil_kappa_weights weights)
 {
-    double seen = 0, chance = 0, n = 0;
-    for (int64_t i = 0; i < C * C; i++) n += (double)confusion[i];
-    for (int64_t i = 0; i < C; i++)
-        for (int64_t j = 0; j < C; j++) {
-            const double d = (double)(i < j ? j - i : i - j);
-            const double w = weights == MIL_KAPPA_UNWEIGHTED ? (d > 0) : weights == MIL_KAPPA_LINEAR ? d : d * d;
-            double row = 0, col = 0;
-            if (w == 0) continue;
-            for (int64_t k = 0; k < C; k++) {
-                row += (double)confusion[i * C + k];
-                col += (double)confusion[k * C + j];
-            }
-            seen += w * (double)confusion[i * C + j];
-            chance += w * row * col / n;
+    const double n = mili_confusion_sum(confusion, C);
+    double seen = 0, chance = 0, column[64];
+    for (int64_t first = 0; first < C; first += MILI_COUNT(column)) {
+        const int64_t end = MILI_MIN(C, first + MILI_COUNT(column));
+        for (int64_t j = first; j < end; j++) {
+            column[j - first] = 0;
+            for (int64_t i = 0; i < C; i++) column[j - first] += (double)confusion[i * C + j];
         }
+        for (int64_t i = 0; i < C; i++) {
+            double row = 0;
+            for (int64_t j = 0; j < C; j++) row += (double)confusion[i * C + j];
+            for (int64_t j = first; j < end; j++) {
+                const double d = (double)(i < j ? j - i : i - j);
+                const double w = weights == MIL_KAPPA_UNWEIGHTED ? (d > 0) : weights == MIL_KAPPA_LINEAR ? d : d * d;
+                seen += w * (double)confusion[i * C + j];
+                chance += w * row * column[j - first] / n;
+            }
+        }
+    }
     return chance > 0 ? 1 - seen / chance : MILI_METRIC_NAN;
 }
 
@@ -17096,12 +17158,17 @@ MIL_DEF mil_status mil_temperature_fit(mil_context *ctx, const double *logits, c
     if (status == MIL_OK) status = mili_metric_scores(ctx, "temperature", logits, n, C, 1);
     if (status != MIL_OK) return status;
     mili_temperature_nll(logits, labels, n, C, beta, &slope, &curvature);
+    if (!mili_is_finite_f64(slope)) return mili_fail(ctx, MIL_ERROR_NUMERIC, "temperature: the logits are too large");
     if (slope < 0) {
         mili_temperature_nll(logits, labels, n, C, high, &edge, &curvature);
         if (edge <= 0) beta = low = high;
     } else {
         mili_temperature_nll(logits, labels, n, C, low, &edge, &curvature);
         if (edge >= 0 && slope > 0) beta = high = low;
+        else if (edge < 0 && slope == 0) {                 // so large that the slope is lost already at beta = 1
+            mili_temperature_nll(logits, labels, n, C, high, &edge, &curvature);
+            if (edge <= 0) beta = low = high;
+        }
     }
     for (int step = 0; step < 200 && low < high; step++) { // bisection alone would be done after 60
         double next;
@@ -17273,11 +17340,11 @@ MILI_FN void mili_metric_set_value(const mili_metric_set *set, const int64_t *w,
     m->specificity_macro = mili_class_mean(confusion, classes, MIL_AVERAGE_MACRO, MILI_SPECIFICITY, NULL);
     m->f1 = m->precision = m->sensitivity = m->specificity = MILI_METRIC_NAN;
     if (classes == 2) {
-        const mili_counts k = mili_counts_of(confusion, 2, 1);
+        const mili_counts k = mili_counts_of(confusion, 2, 1, (double)m->count);
         m->f1 = mili_class_value(k, MILI_F1);
         m->precision = mili_class_value(k, MILI_PRECISION);
         m->sensitivity = mili_class_value(k, MILI_RECALL);
-        m->specificity = mili_class_value(mili_counts_of(confusion, 2, 0), MILI_RECALL);
+        m->specificity = mili_class_value(mili_counts_of(confusion, 2, 0, (double)m->count), MILI_RECALL);
     }
     m->kappa = mili_kappa(confusion, classes, MIL_KAPPA_UNWEIGHTED);
     m->kappa_linear = mili_kappa(confusion, classes, MIL_KAPPA_LINEAR);
@@ -17285,7 +17352,7 @@ MILI_FN void mili_metric_set_value(const mili_metric_set *set, const int64_t *w,
 
     for (int64_t c = 0; c < set->ranked; c++) {
         const mili_ranking r = { set->p + (C == 2 ? 1 : c), C, set->labels, C > 2 ? c : 1, set->order + c * n, w, n };
-        const mili_counts k = mili_counts_of(confusion, classes, r.positive);
+        const mili_counts k = mili_counts_of(confusion, classes, r.positive, (double)m->count);
         const double area = mili_auroc(&r);
         mili_mean_add(&auroc, area, 1);
         mili_mean_add(&auroc_weighted, area, k.tp + k.fn);
@@ -17348,18 +17415,10 @@ typedef struct {
     int64_t stratified;
 } mili_resampler;
 
-// Counter-based: the k-th number of a stream depends on (key, k) alone. Source: splitmix64, Steele, Lea, Flood 2014.
-MILI_FN uint64_t mili_bootstrap_mix(uint64_t x)
-{
-    x = (x ^ (x >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
-    x = (x ^ (x >> 27)) * UINT64_C(0x94D049BB133111EB);
-    return x ^ (x >> 31);
-}
-
 // 0 <= result < count
 MILI_FN int64_t mili_bootstrap_index(uint64_t key, uint64_t counter, int64_t count)
 {
-    const uint64_t x = mili_bootstrap_mix(key + (counter + 1) * UINT64_C(0x9E3779B97F4A7C15));
+    const uint64_t x = mili_mix(key + (counter + 1) * UINT64_C(0x9E3779B97F4A7C15));
     const int64_t i = (int64_t)((double)(x >> 11) * (1.0 / 9007199254740992.0) * (double)count);
     return i < count ? i : count - 1;
 }
@@ -17415,7 +17474,7 @@ MILI_FN mil_status mili_bootstrap_open(mil_context *ctx, const mil_bootstrap_opt
 // draw [n]: the indices of resample r.
 MILI_FN const int64_t *mili_bootstrap_draw(mili_resampler *b, const int64_t *labels, int64_t r)
 {
-    const uint64_t key = mili_bootstrap_mix(b->o.seed ^ UINT64_C(0x6D696C2E626F6F74));    // "mil.boot"
+    const uint64_t key = mili_mix(b->o.seed ^ UINT64_C(0x6D696C2E626F6F74));    // "mil.boot"
     const uint64_t at = (uint64_t)r * (uint64_t)b->n;
     int lost = 0;
     if (b->o.indices) return b->o.indices + r * b->n;
@@ -17654,6 +17713,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_MIN
 #undef MILI_MORE_TILES
 #undef MILI_MOST_BYTES
+#undef MILI_MOST_STEPS
 #undef MILI_MR_MAX
 #undef MILI_NAN
 #undef MILI_NEON_2

@@ -27,7 +27,7 @@ allowed=' malloc calloc realloc free memcpy memmove memset memcmp memchr strlen 
  erfcf lgamma lgammaf tgamma ceil ceilf floor floorf round roundf rint rintf nearbyint nearbyintf trunc truncf fmod fmodf
  fabs fabsf fmax fmaxf fmin fminf ldexp ldexpf frexp frexpf lrint lrintf lround llround hypot hypotf scalbn scalbnf
  clock_gettime sysconf getauxval _GLOBAL_OFFSET_TABLE_ __stack_chk_fail __udivti3 __divti3 __umodti3 __popcountdi2 '
-files=' fopen fclose fread fwrite fseek fseeko ftell ftello fflush fileno fsync ferror feof fgets fprintf fputs rename remove
+files=' fopen fclose fread fwrite fseek fseeko ftell ftello fflush fileno fchmod fsync ferror feof fgets fprintf fputs rename remove
  open close read write fstat stat lstat mmap munmap madvise unlink link symlink readlink ftruncate lseek pread pwrite dup
  opendir readdir closedir mkdir mkstemp getpid fstat64 stat64 open64 fopen64 lseek64 mmap64 posix_fadvise fdopen fcntl '
 for name in $(nm -u "$object" | awk '{ print $NF }'); do

@@ -311,7 +311,7 @@ TEST(bags_and_labels_that_do_not_fit_are_named)
     const float mask[8] = { 1, 1, 1, 1, 1, 1, 1, 1 };
     refused("wikg", SMALL "topk=4", 1, 3, &zero, NULL, "topk is 4, the bag has 3 instances");
     refused("clam", SMALL, 1, 7, &zero, NULL, "k_sample is 8, the bag has 7 instances; create the model with a smaller k_sample");
-    refused("clam", SMALL, 1, 8, &three, NULL, "label 3 is not one of the classes 0..1");
+    refused("clam", SMALL, 1, 8, &three, NULL, "label 3 of bag 0 is not one of the classes 0..1");
     refused("dftd", SMALL, 1, 8, &three, NULL, "label 3");
     refused("dftd", SMALL, 2, 4, NULL, NULL, "the model takes one");
     refused("clam", SMALL, 2, 4, NULL, NULL, "the model takes one");
