@@ -252,6 +252,25 @@ TEST(nystrom_with_mask) { run_nystrom("", 2, 10, 1); }
 TEST(nystrom_with_mask_and_a_missing_run) { run_nystrom("landmarks=6", 1, 14, 1); }
 
 // ---- regions ----
+TEST(regions_that_do_not_fit_are_refused)
+{
+    static const mil_real data[16] = { 0 };
+    static const struct { int rank; int64_t side, region; } wrong[] = { { 2, 4, 2 }, { 3, 4, 0 }, { 3, 0, 2 }, { 3, -2, 2 }, { 3, 4, 3 }, { 3, 2, 2 }, { 3, 2000000, 2 } };
+    static const int64_t shape[3] = { 1, 8, 2 };
+    mil_context *ctx;
+    mil_tape *tape;
+    CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
+    for (size_t k = 0; k < sizeof wrong / sizeof *wrong; k++) {
+        mil_tape_reset(tape);
+        const mil_tensor t = mil_tensor_make(data, MIL_REAL_DTYPE, wrong[k].rank, shape + 3 - wrong[k].rank);
+        CHECK(mil_regions_split(mil_input(tape, "x", &t), wrong[k].side, wrong[k].region) == NULL);
+        CHECK(mil_tape_status(tape) == MIL_ERROR_SHAPE);
+        CHECK_CONTAINS(mil_error(ctx), "regions: ");
+    }
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
 TEST(regions_are_cut_and_put_back)
 {
     static const int64_t sizes[][4] = { { 1, 1, 1, 1 }, { 2, 7, 4, 2 }, { 1, 16, 4, 4 }, { 2, 30, 6, 3 } };                 // bags, rows, side, region
@@ -281,4 +300,5 @@ TEST(regions_are_cut_and_put_back)
 }
 
 TESTS(T(nystrom_with_padding) T(nystrom_without_padding) T(nystrom_with_fewer_rows_than_landmarks) T(nystrom_of_some_rows) T(nystrom_with_qkv_bias)
-      T(nystrom_with_norms_per_matrix) T(nystrom_with_output_layer) T(nystrom_with_mask) T(nystrom_with_mask_and_a_missing_run) T(regions_are_cut_and_put_back))
+      T(nystrom_with_norms_per_matrix) T(nystrom_with_output_layer) T(nystrom_with_mask) T(nystrom_with_mask_and_a_missing_run) T(regions_that_do_not_fit_are_refused)
+      T(regions_are_cut_and_put_back))

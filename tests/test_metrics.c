@@ -760,6 +760,17 @@ TEST(bootstrap_draws_class_by_class_when_a_class_would_vanish)
     CHECK(mil_metrics_bootstrap(ctx, s, y, 40, 1, &o, all) == MIL_OK);
     CHECK(all[MIL_METRIC_SENSITIVITY].stratified == 1000);
     CHECK_NEAR(all[MIL_METRIC_SENSITIVITY].std, 0, 0);     // the one positive is in every draw, once
+
+    double p[40][3];                                       // a class that has no bag at all is not missed
+    for (int i = 0; i < 40; i++) {
+        p[i][0] = s[i] / 2;
+        p[i][1] = 0.5 - s[i] / 2;
+        p[i][2] = 0.5;
+        y[i] = i % 2;
+    }
+    o.stratify = MIL_STRATIFY_NEEDED;
+    CHECK(mil_metrics_bootstrap(ctx, p[0], y, 40, 3, &o, all) == MIL_OK);
+    CHECK(all[MIL_METRIC_ACCURACY].resamples == 1000 && all[MIL_METRIC_ACCURACY].stratified == 0);
 }
 
 // The fast path counts how often each bag was drawn; the slow one gathers the bags and measures them.

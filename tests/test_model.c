@@ -480,6 +480,21 @@ TEST(files_without_a_classifier_open_with_a_fresh_one)         // as FEATHER's a
         CHECK(mil_file_write(ctx, path_of("config.json"), wrong[k], strlen(wrong[k])) == MIL_OK);
         if (!CHECK(mil_open(ctx, path_of("model.safetensors")) == NULL && mil_error(ctx)[0])) puts(wrong[k]);
     }
+    {                                                      // nor one of more than a megabyte, which none is
+        const size_t size = ((size_t)1 << 20) + 1;
+        char *blanks = (char *)malloc(size);
+        if (CHECK(blanks != NULL)) {
+            memset(blanks, ' ', size);
+            memcpy(blanks, configs[0], strlen(configs[0]));
+            CHECK(mil_file_write(ctx, path_of("config.json"), blanks, size) == MIL_OK);
+            CHECK(mil_open(ctx, path_of("model.safetensors")) == NULL);
+            CHECK(mil_file_write(ctx, path_of("config.json"), blanks, size - 1) == MIL_OK);
+            mil_model *c = mil_open(ctx, path_of("model.safetensors"));
+            CHECK(c != NULL);
+            mil_model_free(c);
+        }
+        free(blanks);
+    }
     unlink(path_of("config.json"));
 
     CHECK(mil_save(a, path_of("whole.safetensors")) == MIL_OK);

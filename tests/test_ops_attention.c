@@ -213,6 +213,38 @@ TEST(run_means_count_the_zeros_in_front)
     }
 }
 
+// So many columns that the runs' sums are not kept per thread: rows come in waves of some thousand, each spread over the runs in it.
+TEST(run_means_of_many_columns_are_taken_wave_by_wave)
+{
+    enum { N = 9001, C = 130, M = 137, BEFORE = 41, RUN = (N + BEFORE) / M };
+    const int64_t shape[3] = { 1, N, C };
+    float *x = (float *)malloc((size_t)N * C * sizeof *x);
+    mil_real *y = (mil_real *)malloc((size_t)M * C * sizeof *y);
+    if (!CHECK(x && y)) return;
+    for (int64_t i = 0; i < (int64_t)N * C; i++) x[i] = (float)grad_random();
+    for (int threads = 1; threads < 4; threads++) {
+        mil_context *ctx;
+        mil_tape *tape;
+        mil_context_options o = mil_context_options_default();
+        o.threads = threads;
+        CHECK(mil_context_create(&ctx, &o) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
+        const mil_tensor t = mil_tensor_make(x, MIL_F32, 3, shape);
+        mil_node *mean = mil_run_mean(mil_affine(mil_input(tape, "x", &t), 2, 1), M, BEFORE);
+        mil_node_keep(mean);
+        CHECK(mil_tape_run(tape) == MIL_OK && mil_node_read(mean, y, M * C) == MIL_OK);
+        for (int64_t run = 0; run < M; run++)
+            for (int64_t c = 0; c < C; c++) {
+                double sum = 0;
+                for (int64_t i = run * RUN - BEFORE; i < (run + 1) * RUN - BEFORE; i++) if (i >= 0) sum += 2 * (double)x[i * C + c] + 1;
+                CHECK_NEAR(y[run * C + c], sum / RUN, 1e-5);
+            }
+        mil_tape_free(tape);
+        mil_context_free(ctx);
+    }
+    free(x);
+    free(y);
+}
+
 static mil_node *record_identity_minus(mil_tape *tape, const grad_case *c, mil_node *const *in)
 {
     (void)tape;
@@ -255,4 +287,4 @@ TEST(attention_refuses_what_does_not_fit)
 
 TESTS(T(attention_equals_the_formula) T(masked_keys_take_no_part) T(dropout_has_the_gradient_of_what_it_did)
       T(dropout_keeps_the_expected_share_and_replays_a_supplied_draw) T(weights_of_chosen_rows_are_the_softmax)
-      T(run_means_count_the_zeros_in_front) T(identity_minus_acts_on_each_matrix) T(attention_refuses_what_does_not_fit))
+      T(run_means_count_the_zeros_in_front) T(run_means_of_many_columns_are_taken_wave_by_wave) T(identity_minus_acts_on_each_matrix) T(attention_refuses_what_does_not_fit))

@@ -336,7 +336,77 @@ TEST(drop_path_drops_whole_samples)
     grad_check(&c, reference_drop_path);
 }
 
-TESTS(T(conv_grid_equals_the_loops) T(conv_tokens_leaves_the_class_token_out)
+// An index that x does not have: every element of that row is NaN, the rows beside it are as ever.
+TEST(a_row_that_is_not_there_is_gathered_as_nan)
+{
+    static const mil_real data[6] = { 1, 2, 3, 4, 5, 6 };
+    static const int64_t index[4] = { 1, 2, -1, 0 }, sx[3] = { 1, 2, 3 }, si[3] = { 1, 2, 2 };
+    mil_context *ctx;
+    mil_tape *tape;
+    mil_real y[12];
+    CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
+    const mil_tensor x = mil_tensor_make(data, MIL_REAL_DTYPE, 3, sx), at = mil_tensor_make(index, MIL_I64, 3, si);
+    mil_node *n = mil_gather_rows(mil_input(tape, "x", &x), mil_input(tape, "at", &at));
+    mil_node_keep(n);
+    CHECK(mil_tape_run(tape) == MIL_OK && mil_node_read(n, y, 12) == MIL_OK);
+    for (int j = 0; j < 12; j++) {
+        const int64_t row = index[j / 3];
+        if (row < 0 || row > 1) CHECK(isnan(y[j]));
+        else CHECK(y[j] == data[row * 3 + j % 3]);
+    }
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+TEST(smooth_svm_wants_a_class_and_a_row)
+{
+    static const mil_real data[2] = { 1, 2 };
+    static const int64_t label[1] = { 0 };
+    static const int64_t shapes[3][2] = { { 1, 0 }, { 0, 2 }, { 2, 1 } };
+    mil_context *ctx;
+    mil_tape *tape;
+    CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
+    for (int k = 0; k < 3; k++) {
+        const int64_t rows = k == 2 ? 1 : shapes[k][0];    // the last: labels for fewer rows
+        mil_tape_reset(tape);
+        const mil_tensor x = mil_tensor_make(data, MIL_REAL_DTYPE, 2, shapes[k]), y = mil_tensor_make(label, MIL_I64, 1, &rows);
+        CHECK(mil_smooth_svm(mil_input(tape, "x", &x), mil_input(tape, "y", &y), 1, 1) == NULL);
+        CHECK(mil_tape_status(tape) == MIL_ERROR_SHAPE);
+    }
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+TEST(dropout_scales_what_it_keeps)
+{
+    enum { N = 4000 };
+    static mil_real y[N], g[N], ones[N];
+    const int64_t shape[2] = { N / 4, 4 };
+    mil_context *ctx;
+    mil_tape *tape;
+    int kept = 0;
+    for (int i = 0; i < N; i++) ones[i] = 1;
+    CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
+    mil_tape_training(tape, 1);
+    const mil_tensor t = mil_tensor_make(ones, MIL_REAL_DTYPE, 2, shape);
+    mil_node *x = mil_input(tape, "x", &t);
+    mil_node_want_grad(x);
+    mil_node *d = mil_dropout(x, 0.25, "d");
+    CHECK(mil_tape_backward(tape, mil_sum_all(d)) == MIL_OK);
+    mil_node_keep(d);
+    mil_node_keep(mil_node_grad(x));
+    CHECK(mil_tape_run(tape) == MIL_OK && mil_node_read(d, y, N) == MIL_OK && mil_node_read(mil_node_grad(x), g, N) == MIL_OK);
+    for (int i = 0; i < N; i++) {
+        kept += y[i] != 0;
+        CHECK(y[i] == 0 || fabs((double)y[i] - 1 / 0.75) < 1e-6);
+        CHECK(g[i] == y[i]);
+    }
+    CHECK(abs(kept - N * 3 / 4) < 140);                    // five standard deviations
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+TESTS(T(a_row_that_is_not_there_is_gathered_as_nan) T(smooth_svm_wants_a_class_and_a_row) T(dropout_scales_what_it_keeps) T(conv_grid_equals_the_loops) T(conv_tokens_leaves_the_class_token_out)
       T(conv_rows_equals_the_loops) T(conv_maps_equals_the_loops) T(topk_and_argsort_order_by_value_then_index)
       T(nan_counts_as_the_best) T(nearest_finds_the_largest_products) T(gather_rows_and_its_gradient) T(smooth_svm_has_hard_and_smooth_rows)
       T(drop_path_drops_whole_samples))

@@ -426,6 +426,7 @@ TEST(arguments_that_make_no_sense_are_refused)
     CHECK(mil_scorer_bytes(model, &o, 10) == 0);
     o.capacity = 0;
     mil_error_clear(ctx);
+    CHECK(mil_scorer_bytes(NULL, &o, 10) == 0);
     CHECK(mil_scorer_bytes(model, &o, -3) == 0 && mil_error_status(ctx) == MIL_ERROR_ARGUMENT);
     CHECK_CONTAINS(mil_error(ctx), "mil_scorer_bytes: instances is -3, not in 1..");
     o.results = 1u << 20;
