@@ -364,6 +364,20 @@ TEST(bytes_asked_for_are_the_bytes_then_allocated)
     net_free(&n);
 }
 
+// A tile holds many rows, but no more than there are.
+TEST(a_tape_of_one_wide_row_needs_memory_for_that_row_only)
+{
+    enum { D = 4096 };
+    static mil_real data[D];
+    mil_context *ctx = context_new(1);
+    mil_tape *tape = tape_new(ctx);
+    mil_node_keep(mil_tanh(mil_exp(mil_tanh(reals(tape, data, 2, 1, D, 0)))));
+    const size_t bytes = mil_tape_bytes(tape);
+    CHECK(bytes >= sizeof data && bytes < 12 * sizeof data);
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
 TEST(a_tape_larger_than_all_memory_is_refused)
 {
     mil_context *ctx = context_new(1);
@@ -623,6 +637,34 @@ TEST(every_failing_allocation_is_an_error_and_leaves_the_tape_usable)
     net_free(&n);
 }
 
+// The context holds the sentence of the call before; what is said here must be about memory.
+TEST(memory_that_runs_out_while_recording_is_reported_as_that_whatever_failed_before)
+{
+    for (int draw = 0; draw < 2; draw++) {
+        counting c;
+        memset(&c, 0, sizeof c);
+        c.fail_at = -1;
+        mil_context *ctx = counting_context(&c);
+        mil_tape *tape = tape_new(ctx);
+        const int64_t shape = 1;
+        mil_real value = 0;
+        const mil_tensor t = mil_tensor_make(&value, MIL_REAL_DTYPE, 1, &shape);
+        CHECK(!mil_create(ctx, "no such model", NULL) && mil_error_status(ctx) == MIL_ERROR_UNKNOWN);
+        c.fail_at = c.calls;
+        c.from_then_on = 1;
+        for (int i = 0; i < 100000 && !mil_tape_error(tape)[0]; i++) {      // mil_tape_status would forget the old sentence
+            if (draw) mil_tape_draw(tape, "mask", &t);
+            else mil_constant(tape, 1, &shape, 1);
+        }
+        CHECK(mil_tape_status(tape) == MIL_ERROR_NO_MEMORY);
+        CHECK_CONTAINS(mil_tape_error(tape), "no memory");
+        CHECK(mil_tape_run(tape) == MIL_ERROR_NO_MEMORY);
+        CHECK_CONTAINS(mil_error(ctx), "no memory");
+        mil_tape_free(tape);
+        mil_context_free(ctx);
+    }
+}
+
 TEST(a_tape_that_has_seen_its_shapes_allocates_nothing)
 {
     net n;
@@ -729,6 +771,31 @@ static mil_node *err_mask(mil_tape *t) { return mil_mask_fill(matrix(t, 1, 4), m
 static mil_node *err_batches(mil_tape *t) { const int64_t a[3] = { 2, 3, 4 }, b[3] = { 3, 4, 5 }; return mil_matmul(mil_constant(t, 3, a, 1), mil_constant(t, 3, b, 1)); }
 static mil_node *err_rank(mil_tape *t) { const int64_t s[9] = { 1, 1, 1, 1, 1, 1, 1, 1, 1 }; return mil_constant(t, 9, s, 1); }
 static mil_node *err_huge(mil_tape *t) { return matrix(t, INT64_MAX / 4, 1000); }
+static mil_node *err_concat_one(mil_tape *t) { mil_node *x = matrix(t, 3, 4); return mil_concat(&x, 1, 99); }
+static mil_node *err_mask_rank(mil_tape *t) { const int64_t n = 3; return mil_mask_fill(mil_constant(t, 1, &n, 1), matrix(t, 1, 3), 0); }
+static mil_node *err_linear_stack(mil_tape *t) { const int64_t s[3] = { 2, 3, 4 }; return mil_linear(matrix(t, 1, 4), mil_constant(t, 3, s, 1), NULL); }
+static mil_node *err_linear_line(mil_tape *t) { const int64_t n = 4; return mil_linear(matrix(t, 1, 4), mil_constant(t, 1, &n, 1), NULL); }
+static mil_node *err_scatter_rank(mil_tape *t)
+{
+    static const int64_t index[4] = { 0, 1, 2, 0 };
+    const mil_tensor i = mil_tensor_matrix(index, MIL_I64, 2, 2);
+    return mil_scatter_add(matrix(t, 4, 3), mil_input(t, "index", &i), 0, 3);
+}
+static mil_node *err_reshape_huge(mil_tape *t)             // the product of eight such lengths fits no integer
+{
+    int64_t s[8];
+    for (int a = 0; a < 8; a++) s[a] = 1000000000000000000;
+    return mil_reshape(matrix(t, 2, 2), 8, s);
+}
+static mil_node *err_reshape_empty(mil_tape *t) { const int64_t s[3] = { INT64_MAX, INT64_MAX, -1 }; return mil_reshape(matrix(t, 0, 2), 3, s); }
+static mil_node *err_pad_huge(mil_tape *t) { return mil_pad(matrix(t, 3, 4), 0, INT64_MAX, INT64_MAX); }
+static mil_node *tokens(mil_tape *t, int64_t n, int64_t c) { const int64_t s[3] = { 1, n, c }; return mil_constant(t, 3, s, 1); }
+static mil_node *err_run_mean(mil_tape *t) { return mil_run_mean(tokens(t, 4, 2), 2, INT64_MAX); }
+static mil_node *err_conv_after(mil_tape *t) { return mil_conv_rows(tokens(t, 4, 2), matrix(t, 2, 3), NULL, INT64_MAX); }
+static mil_node *err_conv_before(mil_tape *t) { return mil_conv_rows(tokens(t, 4, 2), matrix(t, 2, 3), NULL, INT64_MIN); }
+static mil_node *err_regions(mil_tape *t) { return mil_regions_join(tokens(t, 1, 2), 1, (int64_t)1 << 32, 1, 1); }             // a side squared that is 2^64
+static mil_node *err_regions_bags(mil_tape *t) { return mil_regions_join(tokens(t, 1, 2), INT64_MAX, 2, 1, 4); }
+static mil_node *err_regions_side(mil_tape *t) { return mil_regions_join(tokens(t, 1, 2), 1, INT64_MIN, 1, 1); }
 static mil_node *err_product(mil_tape *t)
 {
     const int64_t n = sizeof(size_t) > 4 ? 3000000000 : 30000000;
@@ -773,6 +840,20 @@ TEST(each_wrong_call_has_its_sentence)
         { err_batches, MIL_ERROR_SHAPE, "matmul: [2, 3, 4] by [3, 4, 5]: leading axes do not broadcast" },
         { err_rank, MIL_ERROR_SHAPE, "constant: rank 9, the most is 8" },
         { err_huge, MIL_ERROR_SHAPE, "is negative or too large" },
+        { err_concat_one, MIL_ERROR_SHAPE, "concat: axis 99 of [3, 4]" },
+        { err_mask_rank, MIL_ERROR_SHAPE, "mask_fill: the mask [1, 3] does not broadcast to [3]" },
+        { err_linear_stack, MIL_ERROR_SHAPE, "linear: the weight [2, 3, 4] is more than one matrix" },
+        { err_linear_line, MIL_ERROR_SHAPE, "linear: the weight [4] is not [out, in]" },
+        { err_scatter_rank, MIL_ERROR_SHAPE, "scatter_add: axis 0 of [4, 3] by index [2, 2] to length 3" },
+        { err_reshape_huge, MIL_ERROR_SHAPE, "reshape: [2, 2] to [1000000000000000000, 1000000000000000000" },
+        { err_reshape_empty, MIL_ERROR_SHAPE, "reshape: [0, 2] to [9223372036854775807, 9223372036854775807, -1]" },
+        { err_pad_huge, MIL_ERROR_SHAPE, "pad: 9223372036854775807 and 9223372036854775807 zeros: negative or too many" },
+        { err_run_mean, MIL_ERROR_SHAPE, "run_mean: 2 runs of [1, 4, 2] after 9223372036854775807 zeros" },
+        { err_conv_after, MIL_ERROR_SHAPE, "conv_rows: 9223372036854775807 taps before" },
+        { err_conv_before, MIL_ERROR_SHAPE, "conv_rows: -9223372036854775808 taps before" },
+        { err_regions, MIL_ERROR_SHAPE, "regions: [1, 1, 2] back to 1 bags on a side of 4294967296" },
+        { err_regions_bags, MIL_ERROR_SHAPE, "regions: [1, 1, 2] back to 9223372036854775807 bags on a side of 2" },
+        { err_regions_side, MIL_ERROR_SHAPE, "regions: [1, 1, 2] back to 1 bags on a side of -9223372036854775808" },
         { err_product, MIL_ERROR_SHAPE, sizeof(size_t) > 4 ? "mul: shape [3000000000, 3000000000] is negative or too large" : "mul: shape [30000000, 30000000] is negative or too large" },
     };
     mil_context *ctx = context_new(1);
@@ -814,6 +895,43 @@ TEST(null_arguments_are_no_crash)
     mil_tape_reset(tape);
     CHECK(mil_use(tape, NULL) == NULL);
     CHECK(mil_tape_run(tape) == MIL_ERROR_ARGUMENT);
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+// 32 and 33 must not be taken for 0 and 1, which ask for more memory and for other bytes in it.
+TEST(an_option_that_does_not_exist_is_ignored)
+{
+    static const int numbers[] = { 77, 32, 33, -1, MIL_TAPE_RECOMPUTE + 1 };
+    size_t bytes[2];
+    mil_context *ctx = context_new(1);
+    for (int way = 0; way < 2; way++) {
+        mil_tape *tape = tape_new(ctx);
+        for (int i = 0; i < COUNT(numbers) && way; i++) mil_tape_set(tape, (mil_tape_option)numbers[i], 1);
+        mil_node *y = mil_transpose(matrix(tape, 200, 30));
+        for (int i = 0; i < 6; i++) y = mil_transpose(mil_sqrt(y));
+        mil_node_keep(y = mil_sum_all(y));
+        bytes[way] = mil_tape_bytes(tape);
+        CHECK(mil_tape_run(tape) == MIL_OK);
+        CHECK_NEAR(read_one(y), 6000, 1e-6);
+        mil_tape_free(tape);
+    }
+    CHECK(bytes[0] > 0 && bytes[1] == bytes[0]);
+    mil_context_free(ctx);
+}
+
+TEST(an_input_without_elements_needs_no_data)
+{
+    mil_context *ctx = context_new(1);
+    mil_tape *tape = tape_new(ctx);
+    const mil_tensor t = mil_tensor_matrix(NULL, MIL_REAL_DTYPE, 0, 4);
+    mil_node *x = mil_input(tape, "x", &t), *y = mil_sum_all(x);
+    mil_node_keep(y);
+    CHECK(x && mil_tape_run(tape) == MIL_OK);
+    CHECK(mil_input_set(x, NULL) == MIL_OK);
+    CHECK_STRING(mil_error(ctx), "");
+    CHECK(mil_tape_rerun(tape) == MIL_OK);
+    CHECK_NEAR(read_one(y), 0, 0);
     mil_tape_free(tape);
     mil_context_free(ctx);
 }
@@ -868,6 +986,38 @@ TEST(an_update_of_a_lost_value_is_an_error)
     CHECK(mil_tape_run(tape) == MIL_ERROR_STATE);
     CHECK(w[3] == 4);
     mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+TEST(what_was_kept_has_its_gradient_after_the_run)
+{
+    mil_real data[12], all_at_once[12], later[12];
+    for (int i = 0; i < 12; i++) data[i] = (mil_real)(i * 5 % 7) / 4;
+    mil_context *ctx = context_new(1);
+    for (int way = 0; way < 2; way++) {
+        mil_tape *tape = tape_new(ctx);
+        mil_tape_training(tape, 1);
+        mil_node *x = reals(tape, data, 2, 4, 3, 0);
+        mil_node_want_grad(x);
+        mil_node *y = mil_layer_norm(x, NULL, NULL, 1e-5), *top = mil_max(y, 0), *loss = mil_sum_all(mil_square(top)), *squares = loss->input[0];
+        mil_node_keep(y);
+        mil_node_keep(top);
+        mil_node_keep(squares);
+        mil_node_keep(loss);
+        if (way == 1) CHECK(mil_tape_run(tape) == MIL_OK);
+        CHECK(mil_tape_backward(tape, loss) == MIL_OK);
+        mil_node *g = mil_node_grad(x);
+        mil_node_keep(g);
+        if (!CHECK(mil_tape_run(tape) == MIL_OK)) puts(mil_error(ctx));
+        else CHECK(mil_node_read(g, way ? later : all_at_once, 12) == MIL_OK);
+        mil_tape_free(tape);
+    }
+    double size = 0;
+    for (int i = 0; i < 12; i++) {
+        CHECK_NEAR(later[i], all_at_once[i], MIL_REAL_IS_FLOAT ? 1e-6 : 1e-12);
+        size += fabs((double)later[i]);
+    }
+    CHECK(size > 0.1);
     mil_context_free(ctx);
 }
 
@@ -928,6 +1078,70 @@ TEST(two_parameters_can_swap)
     mil_context_free(ctx);
 }
 
+// Converted on the way, as with every op.
+TEST(a_parameter_is_updated_from_an_input_of_any_dtype_and_stride)
+{
+    mil_real w[6] = { 0, 0, 0, 0, 0, 0 };
+    double wide[12];
+    float narrow[12];
+    int64_t labels[3] = { 1, 1, 1 };
+    int32_t others[3] = { 7, 8, 9 };
+    for (int i = 0; i < 12; i++) { wide[i] = i + 0.5; narrow[i] = (float)i; }
+    mil_param p = param_make("w", w, 2, 2, 3), buffer = param_make("labels", NULL, 1, 3, 0);
+    buffer.dtype = MIL_I64;
+    buffer.data = labels;
+    buffer.trainable = 0;
+    mil_context *ctx = context_new(1);
+    mil_tape *tape = tape_new(ctx);
+    mil_tensor t = mil_tensor_matrix(wide, MIL_F64, 2, 3);
+    mil_update(&p, mil_input(tape, "x", &t));
+    CHECK(mil_tape_run(tape) == MIL_OK);
+    for (int i = 0; i < 6; i++) CHECK(w[i] == (mil_real)(i + 0.5));
+    mil_tape_reset(tape);
+    t = mil_tensor_matrix(narrow, MIL_F32, 2, 3);
+    t.stride[0] = 6 * 4;                                   // every other column of [2, 6]
+    t.stride[1] = 2 * 4;
+    mil_update(&p, mil_input(tape, "x", &t));
+    CHECK(mil_tape_run(tape) == MIL_OK);
+    for (int i = 0; i < 6; i++) CHECK(w[i] == (mil_real)(2 * i));
+    mil_tape_reset(tape);
+    t = mil_tensor_make(others, MIL_I32, 1, p.shape + 1);
+    mil_update(&buffer, mil_input(tape, "x", &t));
+    CHECK(mil_tape_run(tape) == MIL_OK);
+    CHECK(labels[0] == 7 && labels[1] == 8 && labels[2] == 9);
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+TEST(updates_that_cannot_be_are_refused)
+{
+    int64_t a[2] = { 1, 2 }, b[2] = { 3, 4 };
+    mil_real w[2] = { 5, 6 };
+    mil_param pa = param_make("a", NULL, 1, 2, 0), pb = param_make("b", NULL, 1, 2, 0), pw = param_make("w", w, 1, 2, 0);
+    pa.dtype = pb.dtype = MIL_I64;
+    pa.data = a;
+    pb.data = b;
+    mil_context *ctx = context_new(1);
+    mil_tape *tape = tape_new(ctx);
+    mil_update(NULL, matrix(tape, 1, 2));
+    CHECK(mil_tape_run(tape) == MIL_ERROR_ARGUMENT);
+    CHECK_CONTAINS(mil_error(ctx), "mil_update: param is NULL");
+    mil_tape_reset(tape);
+    mil_update(&pa, mil_use(tape, &pb));                   // no op copies integers, and a swap without a copy would lose one
+    mil_update(&pb, mil_use(tape, &pa));
+    CHECK(mil_tape_run(tape) == MIL_ERROR_UNSUPPORTED);
+    CHECK_CONTAINS(mil_error(ctx), "mil_update: a from another parameter of I64");
+    CHECK(a[0] == 1 && a[1] == 2 && b[0] == 3 && b[1] == 4);
+    mil_tape_reset(tape);
+    mil_update(&pw, mil_use(tape, &pa));
+    CHECK(mil_tape_run(tape) == MIL_ERROR_ARGUMENT && w[0] == 5);
+    mil_tape_reset(tape);
+    mil_update(&pa, mil_use(tape, &pw));
+    CHECK(mil_tape_run(tape) == MIL_ERROR_ARGUMENT && a[0] == 1);
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
 // ---- draws ----
 TEST(draws_are_named_numbered_and_can_be_supplied)
 {
@@ -961,6 +1175,27 @@ TEST(draws_are_named_numbered_and_can_be_supplied)
     CHECK(mil_tape_run(tape) == MIL_ERROR_SHAPE);
     CHECK_CONTAINS(mil_error(ctx), "draw u: 6 values where [2, 4] are drawn");
     mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+// "a" drawn twice takes the name "a.1"; who asks for "a.1" itself must not get the same numbers.
+TEST(two_draws_never_share_values_whatever_their_names)
+{
+    static const char *const names[][5] = { { "a", "a", "a.1", "a", "a.1" }, { "a.1", "a", "a", "a.1", "a.1.1" }, { "a.2", "a", "a", "a", "a.1" } };
+    mil_context *ctx = context_new(1);
+    const int64_t shape = 3;
+    for (int k = 0; k < COUNT(names); k++) {
+        mil_tape *tape = tape_new(ctx);
+        mil_node *draw[5];
+        mil_real v[5][3];
+        for (int i = 0; i < 5; i++) mil_node_keep(draw[i] = mil_random_uniform(tape, names[k][i], 1, &shape));
+        if (!CHECK(mil_tape_run(tape) == MIL_OK)) puts(mil_error(ctx));
+        for (int i = 0; i < 5; i++) {
+            CHECK(mil_node_read(draw[i], v[i], 3) == MIL_OK);
+            for (int j = 0; j < i; j++) if (!CHECK(memcmp(v[i], v[j], sizeof v[i]) != 0)) printf("  set %d: draws %d and %d\n", k, j, i);
+        }
+        mil_tape_free(tape);
+    }
     mil_context_free(ctx);
 }
 
@@ -1060,6 +1295,85 @@ TEST(backward_checks_what_it_is_given)
     mil_node *x = mil_use(tape, &p), *dy = mil_constant(tape, 0, NULL, 1);
     y = mil_square(x);
     CHECK(mil_tape_backward_from(tape, &y, &dy, 1) == MIL_ERROR_SHAPE);
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+TEST(backward_without_results_or_cotangents_fails)
+{
+    mil_context *ctx = context_new(1);
+    mil_tape *tape = tape_new(ctx);
+    mil_node *y = mil_square(matrix(tape, 2, 2));
+    CHECK(mil_tape_backward_from(tape, NULL, NULL, 1) == MIL_ERROR_ARGUMENT);
+    CHECK_CONTAINS(mil_error(ctx), "no results or no cotangents");
+    mil_tape_reset(tape);
+    y = mil_square(matrix(tape, 2, 2));
+    CHECK(mil_tape_backward_from(tape, &y, NULL, 1) == MIL_ERROR_ARGUMENT);
+    mil_tape_reset(tape);
+    CHECK(mil_tape_backward_from(tape, NULL, NULL, 0) == MIL_OK);      // of nothing there is nothing to record
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+TEST(a_cotangent_of_another_dtype_is_converted)
+{
+    static const double g64[4] = { 1, 2, 3, 4 };
+    static const float g32[4] = { 1, 2, 3, 4 };
+    mil_real data[4] = { 5, 6, 7, 8 }, v[5];
+    const int64_t shape = 4;
+    mil_context *ctx = context_new(1);
+    for (int k = 0; k < 4; k++) {                          // through an op, and of the input itself
+        mil_tape *tape = tape_new(ctx);
+        const mil_tensor t = k % 2 ? mil_tensor_make(g64, MIL_F64, 1, &shape) : mil_tensor_make(g32, MIL_F32, 1, &shape);
+        mil_node *x = reals(tape, data, 1, 4, 0, 0);
+        mil_node_want_grad(x);
+        mil_node *y = k < 2 ? mil_affine(x, 2, 0) : x, *dy = mil_input(tape, "dy", &t);
+        CHECK(mil_tape_backward_from(tape, &y, &dy, 1) == MIL_OK);
+        mil_node *g = mil_node_grad(x);
+        mil_node_keep(g);
+        v[4] = 77;
+        CHECK(mil_tape_run(tape) == MIL_OK && mil_node_read(g, v, 4) == MIL_OK);
+        for (int i = 0; i < 4; i++) CHECK(v[i] == (mil_real)((k < 2 ? 2 : 1) * (i + 1)));
+        CHECK(v[4] == 77);                                 // and nothing behind it is written
+        mil_tape_free(tape);
+    }
+    mil_context_free(ctx);
+}
+
+// An op that has read the input already would give no gradient, and nobody would notice.
+TEST(a_gradient_wanted_after_the_input_was_read_fails_the_tape)
+{
+    mil_real data[4] = { 1, 2, 3, 4 };
+    mil_context *ctx = context_new(1);
+    mil_tape *tape = tape_new(ctx);
+    mil_node *x = reals(tape, data, 1, 4, 0, 0), *y = mil_sum_all(mil_exp(x));
+    mil_node_want_grad(x);
+    CHECK(mil_tape_status(tape) == MIL_ERROR_STATE);
+    CHECK(mil_tape_backward(tape, y) == MIL_ERROR_STATE);
+    CHECK_CONTAINS(mil_error(ctx), "mil_node_want_grad: exp reads it already");
+    mil_tape_reset(tape);
+    x = reals(tape, data, 1, 4, 0, 0);
+    mil_node_want_grad(x);
+    y = mil_sum_all(mil_exp(x));
+    mil_node_want_grad(x);                                 // once more changes nothing
+    CHECK(mil_tape_backward(tape, y) == MIL_OK && mil_node_grad(x) != NULL);
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+// Recorded only: no machine has the memory. The gradient pads with more zeros than 32 bits count.
+TEST(the_gradient_of_a_slice_far_behind_is_recorded)
+{
+    const int64_t length = (int64_t)3000000000;
+    mil_real data[1] = { 0 };
+    if (sizeof(size_t) < 8) return;                        // no such shape there
+    mil_context *ctx = context_new(1);
+    mil_tape *tape = tape_new(ctx);
+    mil_node *x = reals(tape, data, 1, length, 0, 0);
+    mil_node_want_grad(x);
+    if (!CHECK(mil_tape_backward(tape, mil_sum_all(mil_slice(x, 0, length - 500000000, 4))) == MIL_OK)) puts(mil_error(ctx));
+    mil_node *g = mil_node_grad(x);
+    CHECK(g && g->rank == 1 && g->shape[0] == length);
     mil_tape_free(tape);
     mil_context_free(ctx);
 }
@@ -1245,6 +1559,80 @@ TEST(an_op_from_outside_is_told_what_it_forgot)
     mil_context_free(ctx);
 }
 
+TEST(what_no_kernel_could_compute_is_not_recorded)
+{
+    static const mil_op empty = { "empty", NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0 };
+    static const struct { const mil_op *op; int kind, dtype, inputs; int64_t rows, outer, in_rows; const char *text; } wrong[] = {
+        { &scale2, 42, MIL_REAL_DTYPE, 1, 4, 0, 0, "scale2: kind 42; an op makes a view, rows, a reduction or a whole" },
+        { &scale2, -1, MIL_REAL_DTYPE, 1, 4, 0, 0, "scale2: kind -1" },
+        { &scale2, MIL_KIND_LEAF, MIL_REAL_DTYPE, 0, 4, 0, 0, "an op makes a view" },
+        { &scale2, MIL_KIND_ROWS, 99, 1, 4, 0, 0, "scale2: dtype 99; a value is" },
+        { &scale2, MIL_KIND_ROWS, MIL_F16, 1, 4, 0, 0, "a value is" },
+        { &scale2, MIL_KIND_VIEW, MIL_REAL_DTYPE, 0, 4, 0, 0, "scale2: a view has one input, of as many elements" },
+        { &scale2, MIL_KIND_VIEW, MIL_REAL_DTYPE, 1, 4000, 0, 0, "scale2: a view has one input, of as many elements" },
+        { &scale2, MIL_KIND_VIEW, MIL_REAL_DTYPE, 1, 2, 0, 0, "scale2: a view has one input, of as many elements" },
+        { &scale2, MIL_KIND_REDUCE, MIL_REAL_DTYPE, 1, 1, 1, 4, "scale2: the op lacks a function that this kind needs" },
+        { &energy, MIL_KIND_ROWS, MIL_REAL_DTYPE, 1, 4, 0, 0, "energy: the op lacks a function that this kind needs" },
+        { &energy, MIL_KIND_WHOLE, MIL_REAL_DTYPE, 1, 4, 0, 0, "energy: the op lacks a function that this kind needs" },
+        { &empty, MIL_KIND_WHOLE, MIL_REAL_DTYPE, 1, 4, 0, 0, "empty: the op lacks a function that this kind needs" },
+        { &energy, MIL_KIND_REDUCE, MIL_REAL_DTYPE, 1, 1, -1, -4, "energy: -1 reductions of -4 rows" },
+        { &energy, MIL_KIND_REDUCE, MIL_REAL_DTYPE, 1, 1, 1, -4, "energy: 1 reductions of -4 rows" },
+        { &energy, MIL_KIND_REDUCE, MIL_REAL_DTYPE, 1, 1, INT64_MAX, 4, "energy: 9223372036854775807 reductions of 4 rows" },
+        { &energy, MIL_KIND_REDUCE, MIL_REAL_DTYPE, 1, 1, (int64_t)1 << 31, (int64_t)1 << 31, "energy: 2147483648 reductions of 2147483648 rows" },
+    };
+    static const mil_real v[12] = { 0 };
+    mil_context *ctx = context_new(1);
+    mil_tape *tape = tape_new(ctx);
+    for (int k = 0; k < COUNT(wrong); k++) {
+        const int64_t shape[2] = { wrong[k].rows, 3 };
+        mil_tape_reset(tape);
+        mil_spec s = mil_spec_make(wrong[k].op, (mil_kind)wrong[k].kind, 2, shape);
+        s.dtype = (mil_dtype)wrong[k].dtype;
+        s.outer = wrong[k].outer;
+        s.in_rows = wrong[k].in_rows;
+        s.input_count = wrong[k].inputs;
+        s.input[0] = reals(tape, v, 2, 4, 3, 0);
+        s.row_inputs = wrong[k].inputs ? 1 : 0;
+        CHECK(mil_record(tape, &s) == NULL);
+        CHECK(mil_tape_status(tape) == MIL_ERROR_ARGUMENT || mil_tape_status(tape) == MIL_ERROR_SHAPE);
+        CHECK_CONTAINS(mil_tape_error(tape), wrong[k].text);
+    }
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+TEST(a_second_result_is_one_value_of_an_op_yet_to_run)
+{
+    static const mil_real v[12] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12 };
+    const int64_t column[2] = { 4, 1 }, one[2] = { 1, 1 };
+    mil_context *ctx = context_new(1);
+    mil_tape *tape = tape_new(ctx);
+    for (int k = 0; k < 7; k++) {
+        static const char *const text[7] = { "mil_node_second: scale2 has one already", "mil_node_second: scale2 has run", "mil_node_second: input computes nothing",
+            "mil_node_second: reshape computes nothing", "mil_node_second: of ?, a value is", "mil_node_second: of F16, a value is",
+            "mil_node_second: scale2 makes rows of [4, 3], the second result is [1, 1]" };
+        mil_tape_reset(tape);
+        mil_node *x = reals(tape, v, 2, 4, 3, 0);
+        const int64_t flat = 12;
+        mil_spec s = mil_spec_make(&scale2, MIL_KIND_ROWS, 2, x->shape);
+        s.input_count = 2;
+        s.input[0] = x;
+        s.input[1] = mil_constant(tape, 0, NULL, 2);
+        s.row_inputs = 1;
+        mil_node *y = mil_record(tape, &s);
+        mil_node_keep(y);
+        if (k == 0) CHECK(mil_node_second(y, MIL_REAL_DTYPE, 2, column) != NULL);
+        if (k == 1) CHECK(mil_tape_run(tape) == MIL_OK);
+        const int dtype = k == 4 ? 77 : k == 5 ? MIL_F16 : MIL_REAL_DTYPE;
+        CHECK(!mil_node_second(k == 2 ? x : k == 3 ? mil_reshape(y, 1, &flat) : y, (mil_dtype)dtype, 2, k == 6 ? one : column));
+        CHECK(mil_tape_status(tape) != MIL_OK);
+        CHECK_CONTAINS(mil_tape_error(tape), text[k]);
+    }
+    CHECK(mil_node_second(NULL, MIL_REAL_DTYPE, 2, one) == NULL);
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
 TEST(inputs_of_an_op_from_outside_arrive_as_mil_real)
 {
     mil_context *ctx = context_new(1);
@@ -1321,6 +1709,62 @@ TEST(inputs_of_every_dtype_stride_and_alignment_give_the_same_numbers)
             } else printf("  dtype %s layout %d: %s\n", mil_dtype_name((mil_dtype)dtype), layout, mil_error(ctx));
             mil_tape_free(tape);
         }
+    mil_context_free(ctx);
+}
+
+// An input is a value like others: what is read are numbers of mil_real, not the bytes that happen to stand there.
+TEST(an_input_of_any_dtype_and_stride_is_read_as_mil_real)
+{
+    static const mil_dtype dtypes[] = { MIL_F64, MIL_F32, MIL_F16, MIL_U8 };
+    unsigned char bytes[2 * 3 * 2 * 8 + 16];
+    mil_real got[7];
+    mil_context *ctx = context_new(1);
+    for (int k = 0; k < COUNT(dtypes); k++)
+        for (int strided = 0; strided < 2; strided++) {
+            const int64_t size = (int64_t)mil_dtype_size(dtypes[k]), step = size * (1 + strided), line = 3 * step + strided;
+            mil_tape *tape = tape_new(ctx);
+            mil_tensor t = mil_tensor_matrix(bytes, dtypes[k], 2, 3);
+            memset(bytes, 0xff, sizeof bytes);
+            for (int i = 0; i < 6; i++) put(bytes + i / 3 * line + i % 3 * step, dtypes[k], i + 1);
+            if (strided) {
+                t.stride[0] = line;
+                t.stride[1] = step;
+            }
+            mil_node *x = mil_input(tape, "x", &t);
+            mil_node_keep(x);
+            CHECK(mil_tape_run(tape) == MIL_OK);
+            got[6] = 77;
+            if (!CHECK(mil_node_read(x, got, 6) == MIL_OK)) puts(mil_error(ctx));
+            for (int i = 0; i < 6; i++) CHECK(got[i] == (mil_real)(i + 1));
+            CHECK(got[6] == 77);                           // and nothing behind it is written
+            CHECK(mil_node_read(x, NULL, 6) == MIL_ERROR_ARGUMENT);
+            CHECK_CONTAINS(mil_error(ctx), "mil_node_read: dst is NULL");
+            mil_tape_free(tape);
+        }
+    mil_context_free(ctx);
+}
+
+// The first op has the input converted, in a tile that is gone after the run; a second stage converts it again.
+TEST(an_input_converted_in_one_run_is_converted_again_in_the_next)
+{
+    static const uint16_t half[4] = { 0x3c00, 0x4000, 0x4200, 0x4400 };
+    const int64_t four = 4, square[2] = { 2, 2 };
+    mil_real got[4];
+    mil_context *ctx = context_new(1);
+    mil_tape *tape = tape_new(ctx);
+    const mil_tensor t = mil_tensor_make(half, MIL_F16, 1, &four);
+    mil_node *x = mil_input(tape, "x", &t), *y = mil_exp(x);
+    mil_node_keep(y);
+    CHECK(mil_tape_run(tape) == MIL_OK);
+    for (int k = 0; k < 3; k++) {
+        mil_node *z = k == 0 ? mil_reshape(x, 1, &four) : k == 1 ? mil_reshape(x, 2, square) : mil_affine(x, 1, 0);
+        mil_node_keep(z);
+        if (!CHECK(mil_tape_run(tape) == MIL_OK && mil_node_read(z, got, 4) == MIL_OK)) puts(mil_error(ctx));
+        for (int i = 0; i < 4; i++) CHECK(got[i] == (mil_real)(i + 1));
+    }
+    CHECK(mil_tape_rerun(tape) == MIL_OK && mil_node_read(y, got, 4) == MIL_OK);
+    CHECK_NEAR(got[3], exp(4), 1e-6);
+    mil_tape_free(tape);
     mil_context_free(ctx);
 }
 
@@ -1430,4 +1874,12 @@ TESTS(T(planned_memory_gives_the_bits_of_unshared_memory) T(node_by_node_agrees_
       T(an_op_from_outside_is_told_what_it_forgot) T(inputs_of_an_op_from_outside_arrive_as_mil_real)
       T(inputs_of_every_dtype_stride_and_alignment_give_the_same_numbers) T(large_integer_indices_are_exact)
       T(an_index_out_of_range_is_an_error_of_the_run_and_the_tape_runs_again) T(only_what_is_kept_and_what_it_needs_is_run)
-      T(a_deep_tape_of_small_nodes_runs_and_gives_the_right_gradient))
+      T(a_deep_tape_of_small_nodes_runs_and_gives_the_right_gradient) T(a_tape_of_one_wide_row_needs_memory_for_that_row_only)
+      T(memory_that_runs_out_while_recording_is_reported_as_that_whatever_failed_before) T(an_option_that_does_not_exist_is_ignored)
+      T(an_input_without_elements_needs_no_data) T(what_was_kept_has_its_gradient_after_the_run)
+      T(a_parameter_is_updated_from_an_input_of_any_dtype_and_stride) T(updates_that_cannot_be_are_refused)
+      T(two_draws_never_share_values_whatever_their_names) T(backward_without_results_or_cotangents_fails)
+      T(a_cotangent_of_another_dtype_is_converted) T(a_gradient_wanted_after_the_input_was_read_fails_the_tape)
+      T(the_gradient_of_a_slice_far_behind_is_recorded) T(what_no_kernel_could_compute_is_not_recorded)
+      T(a_second_result_is_one_value_of_an_op_yet_to_run) T(an_input_of_any_dtype_and_stride_is_read_as_mil_real)
+      T(an_input_converted_in_one_run_is_converted_again_in_the_next))
