@@ -203,6 +203,28 @@ TEST(pooling_skips_masked_rows_whatever_they_hold)
     }
 }
 
+// The running maximum is NaN from there on, and no later row may take its place: the bits are asked, since -ffast-math drops
+// comparisons with NaN.
+TEST(a_nan_score_gives_nan_wherever_it_stands)
+{
+    static const int places[] = { 0, 1, 150, 298, 299 };
+    for (int where = 0; where < 2; where++)
+        for (size_t p = 0; p < sizeof places / sizeof *places; p++)
+            for (int masked = 0; masked < 2; masked++) {   // the rows beside it -inf, or not
+                matrix_fill();
+                for (int i = 0; i < ROWS; i++) column[i] = masked && i % 2 ? -(mil_real)HUGE_VAL : (mil_real)(i * 7 % 11);
+                for (int i = 0; i < ROWS; i++) matrix_data[i * COLS + 1] = column[i];
+                column[places[p]] = matrix_data[places[p] * COLS + 1] = (mil_real)NAN;
+                run_special(softmax_cols, matrix_data, NULL, ROWS, COLS, 0, matrix_got, ROWS * COLS, where);
+                for (int i = 0; i < ROWS * COLS; i++) CHECK(mili_is_nan(matrix_got[i]) == (i % COLS == 1));
+                run_special(logsumexp_cols, matrix_data, NULL, ROWS, COLS, 0, matrix_got, COLS, where);
+                for (int j = 0; j < COLS; j++) CHECK(mili_is_nan(matrix_got[j]) == (j == 1));
+                matrix_fill();
+                run_special(pool, matrix_data, column, ROWS, COLS, 1, matrix_got, COLS, where);
+                for (int j = 0; j < COLS; j++) CHECK(mili_is_nan(matrix_got[j]));
+            }
+}
+
 TEST(masked_rows_of_a_pool_get_no_gradient_and_all_masked_is_no_nan)
 {
     for (int all = 0; all < 2; all++) {
@@ -224,6 +246,61 @@ TEST(masked_rows_of_a_pool_get_no_gradient_and_all_masked_is_no_nan)
             const int masked = all || i % 3 == 0;
             CHECK(!is_nan(column[i]) && (column[i] == 0) == masked);
             CHECK(!is_nan(matrix_got[i * COLS]) && (matrix_got[i * COLS] == 0) == masked);
+        }
+        mil_tape_free(tape);
+        mil_context_free(ctx);
+    }
+}
+
+// The weight of a lone instance is 1, or 0 when it is masked, whatever its score: 0 times -inf must not enter.
+TEST(the_score_of_a_lone_instance_has_gradient_0_also_when_it_is_masked)
+{
+    for (int masked = 0; masked < 2; masked++) {
+        mil_context *ctx = context_of(MIL_CPU_AUTO, 1);
+        mil_tape *tape = NULL;
+        mil_real score[1] = { masked ? -(mil_real)HUGE_VAL : 3 }, value[2] = { 1, 2 }, gs[1] = { 7 }, gv[2] = { 7, 7 };
+        CHECK(mil_tape_create(ctx, &tape) == MIL_OK);
+        const mil_tensor s = mil_tensor_matrix(score, MIL_REAL_DTYPE, 1, 1), v = mil_tensor_matrix(value, MIL_REAL_DTYPE, 1, 2);
+        mil_node *scores = mil_input(tape, "s", &s), *values = mil_input(tape, "v", &v);
+        mil_node_want_grad(scores);
+        mil_node_want_grad(values);
+        mil_tape_backward(tape, mil_sum_all(mil_softmax_pool(scores, values)));
+        mil_node_keep(mil_node_grad(scores));
+        mil_node_keep(mil_node_grad(values));
+        CHECK(mil_tape_run(tape) == MIL_OK && mil_node_read(mil_node_grad(scores), gs, 1) == MIL_OK && mil_node_read(mil_node_grad(values), gv, 2) == MIL_OK);
+        CHECK(gs[0] == 0);
+        CHECK(gv[0] == !masked && gv[1] == !masked);
+        mil_tape_free(tape);
+        mil_context_free(ctx);
+    }
+}
+
+// A bias of as many elements fits, and its gradient has its own shape.
+TEST(weights_of_another_shape_but_as_many_elements_get_their_gradient)
+{
+    static const mil_real data[12] = { 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 3, 5 }, ones[6] = { 1, 1, 1, 1, 1, 1 };
+    for (int k = 0; k < 2; k++) {
+        mil_context *ctx = context_of(MIL_CPU_AUTO, 1);
+        mil_tape *tape = NULL;
+        mil_real gw[6], gb[3], y_got[12], sum[3] = { 0, 0, 0 };
+        CHECK(mil_tape_create(ctx, &tape) == MIL_OK);
+        const int64_t flat = k ? 2 : 3;
+        const mil_tensor t = mil_tensor_matrix(data, MIL_REAL_DTYPE, 4, 3), tw = mil_tensor_matrix(ones, MIL_REAL_DTYPE, k ? 2 : 3, k ? 3 : 1),
+                         tb = mil_tensor_matrix(ones, MIL_REAL_DTYPE, flat, 1);
+        mil_node *x = mil_input(tape, "x", &t), *w = mil_input(tape, "w", &tw), *b = mil_input(tape, "b", &tb);
+        mil_node_want_grad(x);
+        mil_node_want_grad(w);
+        mil_node_want_grad(b);
+        mil_node *y = k ? mil_linear(x, w, b) : mil_layer_norm(x, w, b, 1e-5);
+        if (!CHECK(mil_tape_backward(tape, mil_sum_all(mil_mul(y, y))) == MIL_OK)) puts(mil_error(ctx));
+        mil_node *dw = mil_node_grad(w), *db = mil_node_grad(b);
+        mil_node_keep(y);
+        mil_node_keep(dw);
+        mil_node_keep(db);
+        if (CHECK(mil_tape_run(tape) == MIL_OK && dw && db && dw->shape[0] == tw.shape[0] && dw->shape[1] == tw.shape[1] && db->rank == 2 && db->shape[0] == flat)) {
+            CHECK(mil_node_read(y, y_got, 4 * flat) == MIL_OK && mil_node_read(dw, gw, tw.shape[0] * tw.shape[1]) == MIL_OK && mil_node_read(db, gb, flat) == MIL_OK);
+            for (int64_t i = 0; i < 4 * flat; i++) sum[i % flat] += 2 * y_got[i];      // db = sum over rows of dy, here 2 y
+            for (int64_t j = 0; j < flat; j++) CHECK_NEAR(gb[j], sum[j], 1e-5);
         }
         mil_tape_free(tape);
         mil_context_free(ctx);
@@ -261,4 +338,6 @@ TESTS(T(every_case_by_row_groups_with_dead_memory_poisoned) T(every_op_of_the_li
       T(every_case_by_plain_kernels) T(every_case_by_avx2_kernels)
       T(a_slice_that_is_all_minus_infinity_gives_zeros_or_minus_infinity) T(plus_infinity_wins_a_log_sum_exp)
       T(a_nan_spoils_its_own_slice_only) T(pooling_skips_masked_rows_whatever_they_hold)
-      T(masked_rows_of_a_pool_get_no_gradient_and_all_masked_is_no_nan) T(equal_maxima_take_the_first_and_its_gradient))
+      T(masked_rows_of_a_pool_get_no_gradient_and_all_masked_is_no_nan) T(equal_maxima_take_the_first_and_its_gradient)
+      T(a_nan_score_gives_nan_wherever_it_stands) T(the_score_of_a_lone_instance_has_gradient_0_also_when_it_is_masked)
+      T(weights_of_another_shape_but_as_many_elements_get_their_gradient))

@@ -285,6 +285,57 @@ TEST(attention_refuses_what_does_not_fit)
     mil_context_free(ctx);
 }
 
+// One bag with more than 512 keys reads the keys by rows, with an op of its own; a backend finds it by its name all the same.
+TEST(each_way_of_attention_is_found_by_its_name)
+{
+    static const int64_t keys[] = { 5, 600 };
+    mil_context *ctx;
+    mil_tape *tape;
+    CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
+    for (int k = 0; k < 2; k++) {
+        const int64_t q[3] = { 1, 1, 4 }, kv[3] = { 1, keys[k], 4 };
+        const mil_node *n = mil_attention(mil_constant(tape, 3, q, 1), mil_constant(tape, 3, kv, 1), mil_constant(tape, 3, kv, 1), 1, 0, NULL, 0, NULL);
+        int listed = 0;
+        if (!CHECK(n != NULL)) break;
+        for (int64_t i = 0; i < mil_op_count(); i++) listed += mil_op_at(i) == n->op;
+        CHECK(listed == 1 && mil_op_find(n->op->name) == n->op);
+    }
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+// Weights and gradients need the softmax's denominators, which are kept with the attention.
+TEST(a_kept_attention_gives_weights_and_gradients_after_the_run)
+{
+    enum { N = 10, D = 4 };
+    mil_context *ctx;
+    mil_real x[N * D], g[2][N * D], w[2][3 * N];
+    const int64_t shape[3] = { 1, N, D };
+    for (int i = 0; i < N * D; i++) x[i] = (mil_real)(i * 7 % 10) / 5;
+    const mil_tensor t = mil_tensor_make(x, MIL_REAL_DTYPE, 3, shape);
+    CHECK(mil_context_create(&ctx, NULL) == MIL_OK);
+    for (int way = 0; way < 2; way++) {
+        mil_tape *tape;
+        CHECK(mil_tape_create(ctx, &tape) == MIL_OK);
+        mil_node *in = mil_input(tape, "x", &t);
+        mil_node_want_grad(in);
+        mil_node *y = mil_attention(in, in, in, 2, 0, NULL, 0, NULL), *loss = mil_sum_all(y);
+        mil_node_keep(y);
+        if (way) CHECK(mil_tape_run(tape) == MIL_OK);
+        mil_node *weights = mil_attention_weights(y, 0, 3);
+        CHECK(mil_tape_backward(tape, loss) == MIL_OK);
+        mil_node_keep(weights);
+        mil_node_keep(mil_node_grad(in));
+        if (!CHECK(mil_tape_run(tape) == MIL_OK)) puts(mil_error(ctx));
+        else CHECK(mil_node_read(weights, w[way], 3 * N) == MIL_OK && mil_node_read(mil_node_grad(in), g[way], N * D) == MIL_OK);
+        mil_tape_free(tape);
+    }
+    for (int i = 0; i < 3 * N; i++) CHECK_NEAR(w[1][i], w[0][i], 1e-6);
+    for (int i = 0; i < N * D; i++) CHECK_NEAR(g[1][i], g[0][i], 1e-5);
+    mil_context_free(ctx);
+}
+
 TESTS(T(attention_equals_the_formula) T(masked_keys_take_no_part) T(dropout_has_the_gradient_of_what_it_did)
       T(dropout_keeps_the_expected_share_and_replays_a_supplied_draw) T(weights_of_chosen_rows_are_the_softmax)
-      T(run_means_count_the_zeros_in_front) T(run_means_of_many_columns_are_taken_wave_by_wave) T(identity_minus_acts_on_each_matrix) T(attention_refuses_what_does_not_fit))
+      T(run_means_count_the_zeros_in_front) T(run_means_of_many_columns_are_taken_wave_by_wave) T(identity_minus_acts_on_each_matrix) T(attention_refuses_what_does_not_fit)
+      T(each_way_of_attention_is_found_by_its_name) T(a_kept_attention_gives_weights_and_gradients_after_the_run))

@@ -308,6 +308,27 @@ TEST(smooth_svm_has_hard_and_smooth_rows)
     }
 }
 
+// No comparison with NaN holds, so that a row could look as if another score were far ahead.
+TEST(a_nan_score_makes_the_smooth_svm_nan)
+{
+    for (int at = 0; at < 3; at++)
+        for (int64_t label = 0; label < 3; label++) {
+            mil_context *ctx;
+            mil_tape *tape;
+            mil_real scores[6] = { 10, 0, -10, 1, 2, 3 }, loss = 0;
+            const int64_t labels[2] = { label, 1 }, two = 2;
+            scores[at] = (mil_real)NAN;
+            CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
+            const mil_tensor ts = mil_tensor_matrix(scores, MIL_REAL_DTYPE, 2, 3), tl = mil_tensor_make(labels, MIL_I64, 1, &two);
+            mil_node *y = mil_smooth_svm(mil_input(tape, "scores", &ts), mil_input(tape, "labels", &tl), 1, 1);
+            mil_node_keep(y);
+            CHECK(mil_tape_run(tape) == MIL_OK && mil_node_read(y, &loss, 1) == MIL_OK);
+            CHECK(loss != loss);
+            mil_tape_free(tape);
+            mil_context_free(ctx);
+        }
+}
+
 static mil_node *record_drop_path(mil_tape *tape, const grad_case *c, mil_node *const *in)
 {
     (void)tape;
@@ -406,7 +427,32 @@ TEST(dropout_scales_what_it_keeps)
     mil_context_free(ctx);
 }
 
+// A dropped sample is 0, not 0 times what it held.
+TEST(drop_path_of_infinity_is_0_or_infinity)
+{
+    enum { N = 64, C = 3 };
+    mil_context *ctx;
+    mil_tape *tape;
+    mil_real x[N * C], y[N * C];
+    int dropped = 0;
+    for (int i = 0; i < N * C; i++) x[i] = (mil_real)(i % 2 ? HUGE_VAL : -HUGE_VAL);
+    x[5] = (mil_real)NAN;
+    CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
+    mil_tape_training(tape, 1);
+    const mil_tensor t = mil_tensor_matrix(x, MIL_REAL_DTYPE, N, C);
+    mil_node *n = mil_drop_path(mil_input(tape, "x", &t), 0.5, "path");
+    mil_node_keep(n);
+    CHECK(mil_tape_run(tape) == MIL_OK && mil_node_read(n, y, N * C) == MIL_OK);
+    for (int i = 0; i < N; i++) {
+        dropped += y[i * C] == 0;
+        for (int j = 0; j < C; j++) CHECK(y[i * C] == 0 ? y[i * C + j] == 0 : y[i * C + j] == x[i * C + j] || i * C + j == 5);
+    }
+    CHECK(dropped > 16 && dropped < 48);
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
 TESTS(T(a_row_that_is_not_there_is_gathered_as_nan) T(smooth_svm_wants_a_class_and_a_row) T(dropout_scales_what_it_keeps) T(conv_grid_equals_the_loops) T(conv_tokens_leaves_the_class_token_out)
       T(conv_rows_equals_the_loops) T(conv_maps_equals_the_loops) T(topk_and_argsort_order_by_value_then_index)
       T(nan_counts_as_the_best) T(nearest_finds_the_largest_products) T(gather_rows_and_its_gradient) T(smooth_svm_has_hard_and_smooth_rows)
-      T(drop_path_drops_whole_samples))
+      T(drop_path_drops_whole_samples) T(a_nan_score_makes_the_smooth_svm_nan) T(drop_path_of_infinity_is_0_or_infinity))
