@@ -250,6 +250,12 @@ TEST(nystrom_with_norms_per_matrix) { run_nystrom("per_matrix=true iterations=3"
 TEST(nystrom_with_output_layer) { run_nystrom("out_dim=5 taps=33", 1, 9, 0); }
 TEST(nystrom_with_mask) { run_nystrom("", 2, 10, 1); }
 TEST(nystrom_with_mask_and_a_missing_run) { run_nystrom("landmarks=6", 1, 14, 1); }
+// Zero rows in front are none where a bias or a mask gives them a query; the wanted rows are then the first all the same.
+TEST(nystrom_of_some_rows_with_qkv_bias) { run_nystrom("rows=2 taps=3 qkv_bias=true", 2, 12, 0); }
+TEST(nystrom_of_some_rows_with_qkv_bias_and_padding) { run_nystrom("rows=3 taps=5 qkv_bias=true", 1, 11, 0); }
+TEST(nystrom_of_some_rows_with_mask) { run_nystrom("rows=2 taps=3", 2, 12, 1); }
+TEST(nystrom_of_some_rows_with_mask_and_padding) { run_nystrom("rows=4 taps=3", 1, 14, 1); }
+TEST(nystrom_of_some_rows_with_mask_and_output_layer) { run_nystrom("rows=2 out_dim=5 qkv_bias=true", 1, 16, 1); }
 
 // ---- regions ----
 TEST(regions_that_do_not_fit_are_refused)
@@ -299,6 +305,110 @@ TEST(regions_are_cut_and_put_back)
     mil_context_free(ctx);
 }
 
+// ---- what a declaration cannot be ----
+// A model whose declaration is chosen by an option: 0: 4 kernels, 1: none, 2: three, 3: a key as long as may be, 4: one longer, 5: a layer
+// norm with such a key, 6: a Nystrom layer whose weights of a row are asked for.
+typedef struct { int64_t in_dim, num_classes, which, row; } odd_config;
+typedef struct { mil_ppeg_layer ppeg; mil_linear_layer linear; mil_nystrom_layer nystrom; } odd_model;
+static const mil_option odd_options[] = {
+    { "in_dim", MIL_OPTION_INT, offsetof(odd_config, in_dim), "4", "1..2000", "" },
+    { "num_classes", MIL_OPTION_INT, offsetof(odd_config, num_classes), "2", "1..100", "" },
+    { "which", MIL_OPTION_INT, offsetof(odd_config, which), "0", "0..100", "" }, { "row", MIL_OPTION_INT, offsetof(odd_config, row), "0", "-100..100", "" }
+};
+
+static void odd_declare(mil_builder *b, void *model, const void *config)
+{
+    static const int64_t kernels[5] = { 7, 5, 3, 3, 3 };
+    odd_model *m = (odd_model *)model;
+    const odd_config *c = (const odd_config *)config;
+    char key[200];
+    memset(m, 0, sizeof *m);
+    memset(key, 'k', sizeof key);
+    key[c->which == 3 ? 127 : 128] = 0;
+    m->linear = mil_declare_linear(b, 4, 2, 1, MIL_LINEAR_TORCH, "classifier");
+    if (c->which < 3) m->ppeg = mil_declare_ppeg(b, 4, kernels, c->which == 0 ? 4 : c->which == 1 ? 0 : 3, MIL_LINEAR_TORCH, "pos");
+    else if (c->which < 5) mil_declare_linear(b, 4, 2, 1, MIL_LINEAR_TORCH, "%s", key);
+    else if (c->which == 5) mil_declare_layer_norm(b, 4, 1e-5, "%s", key);
+    else {
+        const mil_nystrom_options o = mil_nystrom_options_default(4, 1, 4, 4);
+        m->nystrom = mil_declare_nystrom(b, &o, "attn");
+    }
+}
+
+static void odd_forward(const void *model, const void *config, const mil_inputs *in, mil_outputs *out)
+{
+    const odd_model *m = (const odd_model *)model;
+    const odd_config *c = (const odd_config *)config;
+    mil_nystrom_parts parts;
+    mil_node *x = in->features;
+    if (c->which == 2) x = mil_ppeg_forward(&m->ppeg, x, 0, 4);
+    if (c->which == 6) {
+        mil_nystrom_forward(&m->nystrom, x, NULL, -1, &parts);
+        mil_output(out, "weights", mil_nystrom_weights(&m->nystrom, &parts, c->row));
+    }
+    out->slide_feats = mil_squeeze(mil_mean(x, 1), 1);
+    out->logits = mil_linear_forward(&m->linear, out->slide_feats);
+}
+
+static const mil_architecture odd_architecture = { "odd", "a declaration", "", "", odd_options, 4, sizeof(odd_config), ny_configs, 1, sizeof(odd_model), "classifier",
+                                                   MIL_MODEL_BATCHES, odd_declare, odd_forward };
+
+TEST(ppeg_takes_one_to_three_kernels)
+{
+    mil_context *ctx;
+    CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_register(ctx, &odd_architecture) == MIL_OK);
+    CHECK(!mil_create(ctx, "odd", "in_dim=4 which=0") && mil_error_status(ctx) == MIL_ERROR_ARGUMENT);
+    CHECK_CONTAINS(mil_error(ctx), "pos: 4 kernels, 1 to 3 are possible");
+    CHECK(!mil_create(ctx, "odd", "in_dim=4 which=1") && mil_error_status(ctx) == MIL_ERROR_ARGUMENT);
+    CHECK_CONTAINS(mil_error(ctx), "pos: 0 kernels");
+    mil_model *model = mil_create(ctx, "odd", "in_dim=4 which=2");
+    CHECK(model != NULL);
+    mil_model_free(model);
+    mil_context_free(ctx);
+}
+
+// Cut, two long keys would be one.
+TEST(a_parameter_key_that_would_be_cut_is_refused)
+{
+    static const char *const options[2] = { "in_dim=4 which=4", "in_dim=4 which=5" };
+    mil_context *ctx;
+    CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_register(ctx, &odd_architecture) == MIL_OK);
+    mil_model *model = mil_create(ctx, "odd", "in_dim=4 which=3");
+    CHECK(model && mil_model_param_count(model) == 4 && strlen(mil_model_param(model, 2)->key) == 127 + strlen(".weight"));
+    mil_model_free(model);
+    for (int k = 0; k < 2; k++) {
+        CHECK(!mil_create(ctx, "odd", options[k]) && mil_error_status(ctx) == MIL_ERROR_ARGUMENT);
+        CHECK_CONTAINS(mil_error(ctx), "parameter key kkkk");
+        CHECK_CONTAINS(mil_error(ctx), "... is too long");
+    }
+    mil_context_free(ctx);
+}
+
+// With one zero row in front, row -1 would be that one.
+TEST(nystrom_weights_of_a_row_that_does_not_exist_are_refused)
+{
+    static const struct { const char *options; int64_t n; mil_status status; } cases[] = {
+        { "in_dim=4 which=6 row=-1", 15, MIL_ERROR_SHAPE }, { "in_dim=4 which=6 row=-1", 16, MIL_ERROR_SHAPE },
+        { "in_dim=4 which=6 row=15", 15, MIL_ERROR_SHAPE }, { "in_dim=4 which=6 row=14", 15, MIL_OK } };
+    static float x[16 * 4];
+    mil_context *ctx;
+    CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_register(ctx, &odd_architecture) == MIL_OK);
+    for (int k = 0; k < 4; k++) {
+        mil_model *model = mil_create(ctx, "odd", cases[k].options);
+        mil_tape *tape = NULL;
+        mil_outputs out;
+        const mil_bag bag = mil_bag_make(x, cases[k].n, 4);
+        CHECK(model && mil_tape_create(ctx, &tape) == MIL_OK);
+        CHECK(mil_model_record(tape, model, &bag, NULL, &out) == cases[k].status);
+        if (k < 2) CHECK_CONTAINS(mil_tape_error(tape), "nystrom attention: weights of row -1");
+        mil_tape_free(tape);
+        mil_model_free(model);
+    }
+    mil_context_free(ctx);
+}
+
 TESTS(T(nystrom_with_padding) T(nystrom_without_padding) T(nystrom_with_fewer_rows_than_landmarks) T(nystrom_of_some_rows) T(nystrom_with_qkv_bias)
-      T(nystrom_with_norms_per_matrix) T(nystrom_with_output_layer) T(nystrom_with_mask) T(nystrom_with_mask_and_a_missing_run) T(regions_that_do_not_fit_are_refused)
-      T(regions_are_cut_and_put_back))
+      T(nystrom_with_norms_per_matrix) T(nystrom_with_output_layer) T(nystrom_with_mask) T(nystrom_with_mask_and_a_missing_run)
+      T(nystrom_of_some_rows_with_qkv_bias) T(nystrom_of_some_rows_with_qkv_bias_and_padding) T(nystrom_of_some_rows_with_mask)
+      T(nystrom_of_some_rows_with_mask_and_padding) T(nystrom_of_some_rows_with_mask_and_output_layer) T(regions_that_do_not_fit_are_refused) T(regions_are_cut_and_put_back)
+      T(ppeg_takes_one_to_three_kernels) T(a_parameter_key_that_would_be_cut_is_refused) T(nystrom_weights_of_a_row_that_does_not_exist_are_refused))
