@@ -104,6 +104,17 @@ TEST(a_fixed_block_is_whole_again_after_frees_in_any_order)
     free(memory);
 }
 
+// A block of memory that the caller did not get is no leave to take the heap.
+TEST(a_fixed_block_that_is_null_is_refused)
+{
+    mil_context *ctx = context();
+    mil_context *other = ctx;
+    mil_context_options o = mil_context_options_default();
+    o.memory_size = 1 << 20;
+    CHECK(mil_context_create(&other, &o) == MIL_ERROR_ARGUMENT && !other);
+    mil_context_free(ctx);
+}
+
 TEST(an_array_too_long_for_memory_is_an_error)
 {
     mil_context *ctx = context();
@@ -733,4 +744,4 @@ TESTS(T(questions_about_nothing_have_harmless_answers) T(codes_that_do_not_exist
       T(files_of_other_kinds_are_recognised) T(safetensors_questions_outside_the_file_find_nothing) T(safetensors_plans_that_cannot_be_written_are_refused)
       T(safetensors_empty_tensors_may_stand_anywhere) T(halves_are_converted_alike_on_every_tier)
       T(bytes_are_swapped_whatever_their_number) T(npy_oddities) T(options_of_every_type_are_set_or_refused) T(options_are_printed_at_any_room) T(models_of_ones_own_are_refused_by_name)
-      T(bags_with_more_in_them) T(class_names_parameters_and_keys_are_checked))
+      T(bags_with_more_in_them) T(class_names_parameters_and_keys_are_checked) T(a_fixed_block_that_is_null_is_refused))

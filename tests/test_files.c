@@ -1330,6 +1330,25 @@ TEST(files_are_written_in_pieces)
     end_context(ctx);
 }
 
+// What others may read stays readable, whatever the umask of the program that writes it anew. A new file does go by the umask.
+TEST(a_file_written_over_keeps_its_permissions_under_any_umask)
+{
+    static const mode_t modes[] = { 0664, 0644, 0600 };
+    mil_context *ctx = make_context();
+    const char *path = in_folder("shared");
+    struct stat info;
+    const mode_t old = umask(077);
+    CHECK(mil_file_write(ctx, path, "new", 3) == MIL_OK && stat(path, &info) == 0 && (info.st_mode & 0777) == 0600);
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++) {
+        CHECK(chmod(path, modes[i]) == 0);
+        CHECK(mil_file_write(ctx, path, "over", 4) == MIL_OK && file_is(path, "over", 4));
+        CHECK(stat(path, &info) == 0 && (info.st_mode & 0777) == modes[i]);
+    }
+    umask(old);
+    CHECK(remove(path) == 0);
+    end_context(ctx);
+}
+
 // One write of each kind, to the same path; returns its status.
 static mil_status write_something(mil_context *ctx, int kind, const char *path)
 {
@@ -1711,4 +1730,4 @@ TESTS(T(failing_system_calls_leave_the_model_and_its_file_as_they_were)
       T(files_whose_folder_cannot_be_synchronised_are_written)
       T(files_when_the_nth_system_call_fails_the_old_file_stays) T(files_when_the_nth_read_fails_nothing_is_left)
       T(files_when_the_nth_allocation_fails_nothing_is_left) T(files_written_are_byte_identical_on_disk_and_in_memory)
-      T(sample_files_open) T(sample_features_are_the_same_in_every_npy_variant))
+      T(sample_files_open) T(sample_features_are_the_same_in_every_npy_variant) T(a_file_written_over_keeps_its_permissions_under_any_umask))

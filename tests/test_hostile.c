@@ -342,6 +342,34 @@ TEST(arguments_that_would_overflow_are_refused)
     end_context(ctx);
 }
 
+// A description of a tensor takes 40 bytes at least; five bytes each must not be answered with a whole entry each.
+TEST(entries_of_five_bytes_take_memory_in_proportion_to_the_file)
+{
+    enum { COUNT = 20000 };
+    mil_context *ctx = make_context();
+    for (int way = 0; way < 3; way++) {                    // the same empty name, names of their own, empty objects
+        char *bytes = (char *)malloc(8 + COUNT * 16 + 2);
+        size_t n = 0;
+        bytes[8 + n++] = '{';
+        for (int i = 0; i < COUNT; i++) {
+            if (i) bytes[8 + n++] = ',';
+            if (way == 1) n += (size_t)sprintf(bytes + 8 + n, "\"%d\":0", i);
+            else n += (size_t)sprintf(bytes + 8 + n, way ? "\"\":{}" : "\"\":0");
+        }
+        bytes[8 + n++] = '}';
+        for (int i = 0; i < 8; i++) bytes[i] = (char)((uint64_t)n >> (8 * i));
+        mil_tensors *file = NULL;
+        const size_t before = live;
+        peak = live;
+        CHECK(mil_tensors_open_memory(ctx, bytes, 8 + n, 0, &file) == MIL_ERROR_FORMAT && !file);
+        CHECK(mil_error(ctx)[0] != 0 && live == before);
+        if (!CHECK(peak - before < 8 * n)) printf("  way %d: %lu bytes of header, %lu of memory\n", way, (unsigned long)n, (unsigned long)(peak - before));
+        free(bytes);
+    }
+    end_context(ctx);
+}
+
 TESTS(T(checkpoints_with_broken_descriptions_are_refused_by_name) T(a_load_that_fails_changes_no_bit_of_the_model)
       T(a_damaged_checkpoint_is_refused_or_scores) T(options_that_break_a_rule_are_named)
-      T(the_longest_configuration_is_saved_and_opened_again) T(arguments_that_would_overflow_are_refused))
+      T(the_longest_configuration_is_saved_and_opened_again) T(arguments_that_would_overflow_are_refused)
+      T(entries_of_five_bytes_take_memory_in_proportion_to_the_file))
