@@ -973,6 +973,22 @@ TEST(a_tape_runs_in_stages)
     mil_context_free(ctx);
 }
 
+// 0 bytes need a reason, or they look like nothing to do.
+TEST(bytes_of_a_tape_that_needs_a_lost_value_are_0_and_the_error_says_why)
+{
+    mil_context *ctx = context_new(1);
+    mil_tape *tape = tape_new(ctx);
+    CHECK(mil_tape_bytes(tape) == 0 && mil_error_status(ctx) == MIL_OK);
+    mil_node *lost = mil_exp(matrix(tape, 2, 3)), *y = mil_exp(lost);
+    mil_node_keep(y);
+    CHECK(mil_tape_run(tape) == MIL_OK && mil_tape_bytes(tape) == 0 && mil_error_status(ctx) == MIL_OK);
+    mil_node_keep(mil_square(lost));
+    CHECK(mil_tape_bytes(tape) == 0 && mil_error_status(ctx) == MIL_ERROR_STATE);
+    CHECK_CONTAINS(mil_error(ctx), "exp [2, 3]: of an earlier run and not kept");
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
 TEST(an_update_of_a_lost_value_is_an_error)
 {
     mil_real w[4] = { 1, 2, 3, 4 };
@@ -1868,6 +1884,7 @@ TESTS(T(planned_memory_gives_the_bits_of_unshared_memory) T(node_by_node_agrees_
       T(every_failing_allocation_is_an_error_and_leaves_the_tape_usable) T(a_tape_that_has_seen_its_shapes_allocates_nothing)
       T(errors_are_sticky_and_name_layer_op_and_shapes) T(scopes_with_dots_are_popped_whole) T(each_wrong_call_has_its_sentence)
       T(null_arguments_are_no_crash) T(a_tape_runs_in_stages) T(an_update_of_a_lost_value_is_an_error)
+      T(bytes_of_a_tape_that_needs_a_lost_value_are_0_and_the_error_says_why)
       T(a_rerun_sees_new_inputs_parameters_seeds_and_runs_updates) T(two_parameters_can_swap) T(draws_are_named_numbered_and_can_be_supplied)
       T(draws_depend_on_seed_step_name_and_element_only) T(an_op_without_gradient_is_an_error_under_training) T(backward_checks_what_it_is_given)
       T(a_loss_that_depends_on_no_parameter_has_no_gradients) T(ops_from_outside_run_in_all_three_kinds_with_gradients)
