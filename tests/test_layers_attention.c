@@ -355,7 +355,7 @@ static const mil_architecture odd_architecture = { "odd", "a declaration", "", "
 
 TEST(ppeg_takes_one_to_three_kernels)
 {
-    mil_context *ctx;
+    mil_context *ctx = NULL;
     CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_register(ctx, &odd_architecture) == MIL_OK);
     CHECK(!mil_create(ctx, "odd", "in_dim=4 which=0") && mil_error_status(ctx) == MIL_ERROR_ARGUMENT);
     CHECK_CONTAINS(mil_error(ctx), "pos: 4 kernels, 1 to 3 are possible");
@@ -371,7 +371,7 @@ TEST(ppeg_takes_one_to_three_kernels)
 TEST(a_parameter_key_that_would_be_cut_is_refused)
 {
     static const char *const options[2] = { "in_dim=4 which=4", "in_dim=4 which=5" };
-    mil_context *ctx;
+    mil_context *ctx = NULL;
     CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_register(ctx, &odd_architecture) == MIL_OK);
     mil_model *model = mil_create(ctx, "odd", "in_dim=4 which=3");
     CHECK(model && mil_model_param_count(model) == 4 && strlen(mil_model_param(model, 2)->key) == 127 + strlen(".weight"));
@@ -391,7 +391,7 @@ TEST(nystrom_weights_of_a_row_that_does_not_exist_are_refused)
         { "in_dim=4 which=6 row=-1", 15, MIL_ERROR_SHAPE }, { "in_dim=4 which=6 row=-1", 16, MIL_ERROR_SHAPE },
         { "in_dim=4 which=6 row=15", 15, MIL_ERROR_SHAPE }, { "in_dim=4 which=6 row=14", 15, MIL_OK } };
     static float x[16 * 4];
-    mil_context *ctx;
+    mil_context *ctx = NULL;
     CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_register(ctx, &odd_architecture) == MIL_OK);
     for (int k = 0; k < 4; k++) {
         mil_model *model = mil_create(ctx, "odd", cases[k].options);

@@ -289,8 +289,8 @@ TEST(attention_refuses_what_does_not_fit)
 TEST(each_way_of_attention_is_found_by_its_name)
 {
     static const int64_t keys[] = { 5, 600 };
-    mil_context *ctx;
-    mil_tape *tape;
+    mil_context *ctx = NULL;
+    mil_tape *tape = NULL;
     CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
     for (int k = 0; k < 2; k++) {
         const int64_t q[3] = { 1, 1, 4 }, kv[3] = { 1, keys[k], 4 };
@@ -309,13 +309,13 @@ TEST(a_kept_attention_gives_weights_and_gradients_after_the_run)
 {
     enum { D = 4, MOST = 520 };
     static mil_real x[MOST * D], g[2][MOST * D], w[2][3 * MOST];
-    mil_context *ctx;
+    mil_context *ctx = NULL;
     for (int i = 0; i < MOST * D; i++) x[i] = (mil_real)(i * 7 % 10) / 5;
     CHECK(mil_context_create(&ctx, NULL) == MIL_OK);
     for (int way = 0; way < 4; way++) {                    // queries by rows; and keys by rows
         const int64_t N = way < 2 ? 10 : MOST, shape[3] = { 1, N, D };
         const mil_tensor t = mil_tensor_make(x, MIL_REAL_DTYPE, 3, shape);
-        mil_tape *tape;
+        mil_tape *tape = NULL;
         CHECK(mil_tape_create(ctx, &tape) == MIL_OK);
         mil_node *in = mil_input(tape, "x", &t);
         mil_node_want_grad(in);

@@ -313,8 +313,8 @@ TEST(a_nan_score_makes_the_smooth_svm_nan)
 {
     for (int at = 0; at < 3; at++)
         for (int64_t label = 0; label < 3; label++) {
-            mil_context *ctx;
-            mil_tape *tape;
+            mil_context *ctx = NULL;
+            mil_tape *tape = NULL;
             mil_real scores[6] = { 10, 0, -10, 1, 2, 3 }, loss = 0;
             const int64_t labels[2] = { label, 1 }, two = 2;
             scores[at] = (mil_real)NAN;
@@ -431,8 +431,8 @@ TEST(dropout_scales_what_it_keeps)
 TEST(drop_path_of_infinity_is_0_or_infinity)
 {
     enum { N = 64, C = 3 };
-    mil_context *ctx;
-    mil_tape *tape;
+    mil_context *ctx = NULL;
+    mil_tape *tape = NULL;
     mil_real x[N * C], y[N * C];
     int dropped = 0;
     for (int i = 0; i < N * C; i++) x[i] = (mil_real)(i % 2 ? HUGE_VAL : -HUGE_VAL);
