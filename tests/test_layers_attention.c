@@ -263,8 +263,8 @@ TEST(regions_that_do_not_fit_are_refused)
     static const mil_real data[16] = { 0 };
     static const struct { int rank; int64_t side, region; } wrong[] = { { 2, 4, 2 }, { 3, 4, 0 }, { 3, 0, 2 }, { 3, -2, 2 }, { 3, 4, 3 }, { 3, 2, 2 }, { 3, 2000000, 2 } };
     static const int64_t shape[3] = { 1, 8, 2 };
-    mil_context *ctx;
-    mil_tape *tape;
+    mil_context *ctx = NULL;
+    mil_tape *tape = NULL;
     CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
     for (size_t k = 0; k < sizeof wrong / sizeof *wrong; k++) {
         mil_tape_reset(tape);

@@ -223,8 +223,8 @@ TEST(run_means_of_many_columns_are_taken_wave_by_wave)
     if (!CHECK(x && y)) return;
     for (int64_t i = 0; i < (int64_t)N * C; i++) x[i] = (float)grad_random();
     for (int threads = 1; threads < 4; threads++) {
-        mil_context *ctx;
-        mil_tape *tape;
+        mil_context *ctx = NULL;
+        mil_tape *tape = NULL;
         mil_context_options o = mil_context_options_default();
         o.threads = threads;
         CHECK(mil_context_create(&ctx, &o) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);

@@ -362,8 +362,8 @@ TEST(a_row_that_is_not_there_is_gathered_as_nan)
 {
     static const mil_real data[6] = { 1, 2, 3, 4, 5, 6 };
     static const int64_t index[4] = { 1, 2, -1, 0 }, sx[3] = { 1, 2, 3 }, si[3] = { 1, 2, 2 };
-    mil_context *ctx;
-    mil_tape *tape;
+    mil_context *ctx = NULL;
+    mil_tape *tape = NULL;
     mil_real y[12];
     CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
     const mil_tensor x = mil_tensor_make(data, MIL_REAL_DTYPE, 3, sx), at = mil_tensor_make(index, MIL_I64, 3, si);
@@ -384,8 +384,8 @@ TEST(smooth_svm_wants_a_class_and_a_row)
     static const mil_real data[2] = { 1, 2 };
     static const int64_t label[1] = { 0 };
     static const int64_t shapes[3][2] = { { 1, 0 }, { 0, 2 }, { 2, 1 } };
-    mil_context *ctx;
-    mil_tape *tape;
+    mil_context *ctx = NULL;
+    mil_tape *tape = NULL;
     CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
     for (int k = 0; k < 3; k++) {
         const int64_t rows = k == 2 ? 1 : shapes[k][0];    // the last: labels for fewer rows
@@ -403,8 +403,8 @@ TEST(dropout_scales_what_it_keeps)
     enum { N = 4000 };
     static mil_real y[N], g[N], ones[N];
     const int64_t shape[2] = { N / 4, 4 };
-    mil_context *ctx;
-    mil_tape *tape;
+    mil_context *ctx = NULL;
+    mil_tape *tape = NULL;
     int kept = 0;
     for (int i = 0; i < N; i++) ones[i] = 1;
     CHECK(mil_context_create(&ctx, NULL) == MIL_OK && mil_tape_create(ctx, &tape) == MIL_OK);
