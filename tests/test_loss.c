@@ -256,7 +256,23 @@ TEST(targets_that_do_not_fit_are_refused_with_a_sentence)
     end();
 }
 
-TESTS(T(cross_entropy_of_equal_logits_is_log_of_the_class_count) T(cross_entropy_equals_the_plain_loop_and_torch)
+TEST(binary_targets_are_as_many_as_logits)
+{
+    static const int64_t counts[3][2] = { { 2, 3 }, { 3, 2 }, { 0, 0 } };
+    mil_context *c = NULL;
+    mil_tape *tape = NULL;
+    CHECK(mil_context_create(&c, NULL) == MIL_OK && mil_tape_create(c, &tape) == MIL_OK);
+    for (int k = 0; k < 3; k++) {
+        mil_tape_reset(tape);
+        CHECK(mil_bce_with_logits(mil_constant(tape, 1, &counts[k][0], 1), mil_constant(tape, 1, &counts[k][1], 1), 1) == NULL);
+        CHECK(mil_tape_status(tape) == MIL_ERROR_SHAPE);
+        CHECK_CONTAINS(mil_error(c), "binary cross-entropy: targets [");
+    }
+    mil_tape_free(tape);
+    mil_context_free(c);
+}
+
+TESTS(T(binary_targets_are_as_many_as_logits) T(cross_entropy_of_equal_logits_is_log_of_the_class_count) T(cross_entropy_equals_the_plain_loop_and_torch)
       T(cross_entropy_is_stable_for_large_logits) T(an_infinite_logit_of_another_class_does_no_harm)
       T(binary_cross_entropy_equals_torch) T(binary_cross_entropy_keeps_small_losses) T(gradients_equal_finite_differences)
       T(the_targets_memory_may_go_away_after_recording) T(targets_that_do_not_fit_are_refused_with_a_sentence))

@@ -791,7 +791,30 @@ TEST(each_failing_allocation_is_an_error_without_a_leak_or_a_change)
     end();
 }
 
+// The position filter of rrt's regional attention: Xavier's bound for one channel in and `heads` out, and not all alike.
+TEST(fresh_position_filters_have_the_spread_of_the_reference)
+{
+    begin();
+    mil_model *m = mil_create(ctx, "rrt", "in_dim=8 embed_dim=16 mlp_dim=16 n_heads=4 trans_dim=4 num_landmarks=4 apply_attn=true attn=rrt epeg=true");
+    int filters = 0;
+    if (CHECK(m != NULL))
+        for (int64_t i = 0; i < mil_model_param_count(m); i++) {
+            const mil_param *p = mil_model_param(m, i);
+            const mil_real *w = (const mil_real *)p->data;
+            if (!strstr(p->key, ".pe.weight")) continue;
+            const double bound = sqrt(6 / (double)(p->shape[2] * (1 + p->shape[0])));
+            double most = 0;
+            for (int64_t k = 0; k < p->count; k++) most = fmax(most, fabs((double)w[k]));
+            CHECK(most <= bound && most > bound / 2);
+            filters++;
+        }
+    CHECK(filters > 0);
+    mil_model_free(m);
+    end();
+}
+
 TESTS(
+    T(fresh_position_filters_have_the_spread_of_the_reference)
     T(short_names_are_filled_in)
     T(unknown_names_are_answered_with_the_nearest)
     T(options_that_make_no_sense_are_refused)

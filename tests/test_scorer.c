@@ -796,6 +796,33 @@ TEST(bytes_are_known_beforehand)
         }
 }
 
+// A transformer's weights are the class token's attention to the patches; what it pays to itself is the rest.
+TEST(a_transformer_weighs_each_patch)
+{
+    enum { PATCHES = 7 };
+    mil_context *c = NULL;
+    mil_real w[PATCHES];
+    float x[PATCHES * 4];
+    CHECK(mil_context_create(&c, NULL) == MIL_OK);
+    mil_model *m = mil_create(c, "transformer", "in_dim=4 embed_dim=8 num_heads=2 encoder_mlp_dim=8");
+    mil_scorer_options o = mil_scorer_options_default();
+    o.results = 1u << MIL_WEIGHTS;
+    mil_scorer *s = mil_scorer_create(m, &o);
+    for (int i = 0; i < PATCHES * 4; i++) x[i] = (float)(i * 5 % 11) / 4;
+    const mil_bag b = mil_bag_make(x, PATCHES, 4);
+    double sum = 0;
+    CHECK(mil_scorer_score(s, &b) == MIL_OK && mil_scorer_count(s, MIL_WEIGHTS) == PATCHES);
+    if (CHECK(mil_scorer_read(s, MIL_WEIGHTS, w, PATCHES) == MIL_OK))
+        for (int i = 0; i < PATCHES; i++) {
+            CHECK(w[i] > 0);
+            sum += (double)w[i];
+        }
+    CHECK(sum > 0.1 && sum < 1);
+    mil_scorer_free(s);
+    mil_model_free(m);
+    mil_context_free(c);
+}
+
 TEST(memory_grows_by_the_scores_alone)
 {
     begin(1, NULL);
@@ -1048,6 +1075,7 @@ TESTS(
     T(scoring_allocates_nothing_after_set_up)
     T(a_bag_that_outgrows_the_reserve_keeps_its_bits)
     T(bytes_are_known_beforehand)
+    T(a_transformer_weighs_each_patch)
     T(memory_grows_by_the_scores_alone)
     T(each_failing_allocation_is_an_error_and_the_bag_is_as_before)
     T(everything_in_one_fixed_block)

@@ -749,6 +749,8 @@ static mil_node *err_pool(mil_tape *t) { return mil_softmax_pool(matrix(t, 5, 1)
 static mil_node *err_reshape(mil_tape *t) { const int64_t s[2] = { 5, -1 }; return mil_reshape(matrix(t, 3, 4), 2, s); }
 static mil_node *err_reshape2(mil_tape *t) { const int64_t s[2] = { -1, -1 }; return mil_reshape(matrix(t, 3, 4), 2, s); }
 static mil_node *err_permute(mil_tape *t) { const int a[2] = { 0, 0 }; return mil_permute(matrix(t, 3, 4), a); }
+static mil_node *err_permute_beyond(mil_tape *t) { const int a[2] = { 0, 5 }; return mil_permute(matrix(t, 3, 4), a); }
+static mil_node *err_permute_negative(mil_tape *t) { const int a[2] = { -1, 0 }; return mil_permute(matrix(t, 3, 4), a); }
 static mil_node *err_transpose(mil_tape *t) { return mil_transpose(mil_constant(t, 0, NULL, 1)); }
 static mil_node *err_concat(mil_tape *t) { mil_node *x[2]; x[0] = matrix(t, 3, 4); x[1] = matrix(t, 3, 5); return mil_concat(x, 2, 0); }
 static mil_node *err_concat_null(mil_tape *t) { mil_node *x[2]; x[0] = matrix(t, 3, 4); x[1] = NULL; return mil_concat(x, 2, 0); }
@@ -818,6 +820,8 @@ TEST(each_wrong_call_has_its_sentence)
         { err_reshape, MIL_ERROR_SHAPE, "reshape: [3, 4] to [5, -1]" },
         { err_reshape2, MIL_ERROR_SHAPE, "reshape: [3, 4] to [-1, -1]" },
         { err_permute, MIL_ERROR_ARGUMENT, "permute: axis 0 of [3, 4] is not a permutation" },
+        { err_permute_beyond, MIL_ERROR_ARGUMENT, "permute: axis 5 of [3, 4] is not a permutation" },
+        { err_permute_negative, MIL_ERROR_ARGUMENT, "permute: axis -1 of [3, 4] is not a permutation" },
         { err_transpose, MIL_ERROR_SHAPE, "transpose: needs two axes, got []" },
         { err_concat, MIL_ERROR_SHAPE, "concat: [3, 4] and [3, 5] along axis 0" },
         { err_concat_null, MIL_ERROR_ARGUMENT, "concat: an input is NULL" },
