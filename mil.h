@@ -333,7 +333,8 @@ MIL_API const char *mil_tape_error(const mil_tape *tape);      // the sentence o
 // after an error, of the call as well, which is then the tape's: mil_error says which.
 MIL_API size_t mil_tape_bytes(mil_tape *tape);
 
-// The caller's block for the workspace, instead of the context's allocator; NULL gives it back. Aligned to 64, or a little is lost.
+// The caller's block for the workspace, instead of the context's allocator; NULL gives it back, and with it end the values kept there.
+// Aligned to 64, or a little is lost.
 MIL_API void mil_tape_workspace(mil_tape *tape, void *memory, size_t bytes);
 
 // Runs what has been recorded since the last run. A node of an earlier run can be used by later nodes when it was kept.
@@ -398,7 +399,7 @@ MIL_API mil_node *mil_div(mil_node *a, mil_node *b);
 MIL_API mil_node *mil_maximum(mil_node *a, mil_node *b);               // gradient to a where equal
 MIL_API mil_node *mil_minimum(mil_node *a, mil_node *b);
 
-// mask 0: `value`, else x; also where x is NaN. mask broadcasts to x's shape and has no gradient.
+// Where mask is 0: `value`, even if x is NaN there; elsewhere x. mask broadcasts to x's shape and has no gradient.
 MIL_API mil_node *mil_mask_fill(mil_node *x, mil_node *mask, double value);
 
 // Shapes. A reshape copies nothing.
@@ -1536,7 +1537,8 @@ MIL_API mil_status mil_register(mil_context *ctx, const mil_architecture *archit
 
 // ---- backends ----------------------------------------------------------------------------------------------------
 // A backend runs nodes. The library plans memory and order; the backend owns memory and kernels. Ops that it does not support
-// run on the CPU kernels with copies, which are counted (mil_context_fallbacks).
+// run on the CPU kernels with copies, which are counted (mil_context_fallbacks). open and close may be NULL, and with host_memory
+// upload and download; the rest is needed.
 struct mil_backend {
     const char *name;
     mil_status (*open)(void **self, mil_context *ctx);             // once per context
@@ -4815,7 +4817,7 @@ MILI_FN int mili_assign_stages(mil_tape *tape, int groups)
 }
 
 // The plan's steps: in each stage a step per node that needs whole values, then a group per row space.
-MILI_FN mil_status mili_make_steps(mil_tape *tape, mili_plan *plan, int stages, int groups)
+MILI_FN mil_status mili_make_steps(mil_tape *tape, mili_plan *plan, int stages)
 {
     mil_context *ctx = tape->ctx;
     int64_t nodes = 0;
@@ -4839,7 +4841,7 @@ MILI_FN mil_status mili_make_steps(mil_tape *tape, mili_plan *plan, int stages, 
 
     for (int s = 0; s < stages; s++) {
         for (int64_t i = start[s]; i < start[s + 1]; i++) {                  // what needs whole values
-            if (mili_row_space(sorted[i]) > 0 && !(ctx->backend && !groups)) continue;
+            if (mili_row_space(sorted[i]) > 0 && !ctx->backend) continue;
             mili_step *step = &plan->step[plan->step_count++];
             step->node = list;
             step->count = 1;
@@ -5199,7 +5201,7 @@ MILI_FN mili_plan *mili_make_plan(mil_tape *tape)
     plan->update_end = tape->update_count;
     for (int64_t i = tape->ran; i < tape->count; i++) tape->node[i]->plan->listed = 0;
     const int stages = mili_assign_stages(tape, groups);
-    if (mili_make_steps(tape, plan, stages, groups) != MIL_OK) return NULL;
+    if (mili_make_steps(tape, plan, stages) != MIL_OK) return NULL;
     mili_size_tiles(plan);
     if (groups && !tape->stream_capacity && mili_make_copies(tape, plan) != MIL_OK) return NULL;
     mili_assign_places(tape, plan);
@@ -5909,6 +5911,14 @@ MILI_FN int mili_same_shape(const mil_node *a, const mil_node *b)
     if (a->rank != b->rank) return 0;
     for (int i = 0; i < a->rank; i++) if (a->shape[i] != b->shape[i]) return 0;
     return 1;
+}
+
+// Tasks over x itself, which take a plain pointer and only read it.
+MILI_FN void mili_tasks(const mil_exec *x, int64_t count, void (*task)(void *arg, int64_t index, void *scratch))
+{
+    union { const mil_exec *c; void *m; } u;
+    u.c = x;
+    mil_exec_parallel(x, count, task, u.m);
 }
 
 // A copy loop over `count` pieces, split among threads in pieces of about 64 K elements.
@@ -7140,10 +7150,8 @@ MILI_FN void mili_matmul_tn_task(void *arg, int64_t index, void *scratch)
 // Deferred: a wave of rows at a time, parallel over the result.
 MILI_FN void mili_matmul_tn_run(const mil_exec *x)
 {
-    union { const mil_exec *c; void *m; } u;               // tasks take a plain pointer and only read it
-    u.c = x;
     const int64_t p = x->node->shape[x->node->rank - 2], rows = mili_matmul_tn_rows(x);
-    mil_exec_parallel(x, (p + rows - 1) / rows * ((x->node->cols + MILI_TN_COLS - 1) / MILI_TN_COLS), mili_matmul_tn_task, u.m);
+    mili_tasks(x, (p + rows - 1) / rows * ((x->node->cols + MILI_TN_COLS - 1) / MILI_TN_COLS), mili_matmul_tn_task);
 }
 
 #ifndef MIL_NO_TRAINING
@@ -7229,10 +7237,8 @@ MILI_FN void mili_matmul_task(void *arg, int64_t index, void *scratch)
 
 MILI_FN void mili_matmul_run(const mil_exec *x)
 {
-    union { const mil_exec *c; void *m; } u;
-    u.c = x;
     const mili_matmul_shape s = mili_matmul_sizes(x->node);
-    mil_exec_parallel(x, s.batches * s.blocks, mili_matmul_task, u.m);
+    mili_tasks(x, s.batches * s.blocks, mili_matmul_task);
 }
 
 #ifndef MIL_NO_TRAINING
@@ -8670,10 +8676,8 @@ MILI_FN void mili_conv_dw_task(void *arg, int64_t index, void *scratch)
 
 MILI_FN void mili_conv_dw_run(const mil_exec *x)
 {
-    union { const mil_exec *c; void *m; } u;
     const mili_conv c = mili_conv_sizes(x->node, x->node->input[0], x->node);
-    u.c = x;
-    mil_exec_parallel(x, c.G == c.C && !c.by_image ? (c.C + MILI_CONV_CHANNELS - 1) / MILI_CONV_CHANNELS : c.G, mili_conv_dw_task, u.m);
+    mili_tasks(x, c.G == c.C && !c.by_image ? (c.C + MILI_CONV_CHANNELS - 1) / MILI_CONV_CHANNELS : c.G, mili_conv_dw_task);
 }
 static const mil_op mili_op_conv_dw = { "gradient of conv by its weight", mili_conv_dw_run, NULL, NULL, NULL, NULL, NULL, mili_conv_dw_scratch, NULL, NULL, NULL, 0 };
 
@@ -8816,10 +8820,8 @@ MILI_FN void mili_order_task(void *arg, int64_t slice, void *scratch)
 
 MILI_FN void mili_order_run(const mil_exec *x)
 {
-    union { const mil_exec *c; void *m; } u;
     const mili_around s = mili_around_axis(x->node->input[0], (int)x->node->i[0]);
-    u.c = x;
-    mil_exec_parallel(x, s.outer * s.inner, mili_order_task, u.m);
+    mili_tasks(x, s.outer * s.inner, mili_order_task);
 }
 MILI_FN size_t mili_order_scratch(const mil_node *n) { return (size_t)n->input[0]->shape[n->i[0]] * 2 * sizeof(int64_t); }
 static const mil_op mili_op_topk = { "topk", mili_order_run, NULL, NULL, NULL, NULL, NULL, mili_order_scratch, NULL, NULL, NULL, MIL_OP_STOPS_GRADIENT };
@@ -8894,10 +8896,8 @@ MILI_FN void mili_knn_task(void *arg, int64_t index, void *scratch)
 
 MILI_FN void mili_knn_run(const mil_exec *x)
 {
-    union { const mil_exec *c; void *m; } u;
     const int64_t N = x->node->shape[1];
-    u.c = x;
-    mil_exec_parallel(x, x->node->shape[0] * ((N + MILI_KNN_QUERIES - 1) / MILI_KNN_QUERIES), mili_knn_task, u.m);
+    mili_tasks(x, x->node->shape[0] * ((N + MILI_KNN_QUERIES - 1) / MILI_KNN_QUERIES), mili_knn_task);
 }
 static const mil_op mili_op_knn = { "nearest", mili_knn_run, NULL, NULL, NULL, NULL, NULL, mili_knn_scratch, NULL, NULL, NULL, MIL_OP_STOPS_GRADIENT };
 
