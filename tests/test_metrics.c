@@ -207,6 +207,66 @@ TEST(kappa_of_a_single_class_is_undefined)
     CHECK(is_nan(v));
 }
 
+// Formulas over whole rows and columns, one class after the other: what many classes are summed by must not show.
+TEST(many_classes_give_what_plain_formulas_give)
+{
+    enum { MOST = 150 };
+    static int64_t m[MOST * MOST];
+    static double row[MOST], column[MOST], per[MOST];
+    static const int64_t sizes[] = { 64, 65, 128, 129, MOST };
+    static const mil_kappa_weights all[] = { MIL_KAPPA_UNWEIGHTED, MIL_KAPPA_LINEAR, MIL_KAPPA_QUADRATIC };
+    uint64_t state = 11;
+    open_context();
+    for (int k = 0; k < COUNT(sizes); k++) {
+        const int64_t classes = sizes[k];
+        double n = 0, right = 0, f1[2] = { 0, 0 }, specificity[2] = { 0, 0 }, weight[2] = { 0, 0 }, v;
+        for (int64_t i = 0; i < classes; i++) row[i] = column[i] = 0;
+        for (int64_t i = 0; i < classes; i++)
+            for (int64_t j = 0; j < classes; j++) {
+                const double x = noise(&state);
+                int64_t *cell = &m[i * classes + j];
+                *cell = i == j ? (int64_t)(40 * x) : x < 0.1 ? (int64_t)(90 * x) : 0;
+                if (i == 7 || j == 7 || i == 9) *cell = 0; // class 7 does not occur, class 9 is predicted only
+                row[i] += (double)*cell;
+                column[j] += (double)*cell;
+                n += (double)*cell;
+                right += i == j ? (double)*cell : 0;
+            }
+        for (int64_t c = 0; c < classes; c++) {
+            const double tp = (double)m[c * classes + c], fp = column[c] - tp, fn = row[c] - tp, tn = n - tp - fp - fn;
+            const double weights[2] = { tp + fp + fn > 0 ? 1.0 : 0.0, row[c] };
+            for (int w = 0; w < 2 && c != 7; w++) {
+                f1[w] += weights[w] * 2 * tp / (2 * tp + fp + fn);
+                specificity[w] += weights[w] * tn / (tn + fp);
+                weight[w] += weights[w];
+            }
+        }
+        CHECK(mil_metric_accuracy(ctx, m, classes, &v) == MIL_OK);
+        CHECK_NEAR(v, right / n, 1e-13);
+        for (int w = 0; w < 2; w++) {
+            const mil_average average = w ? MIL_AVERAGE_WEIGHTED : MIL_AVERAGE_MACRO;
+            CHECK(mil_metric_f1(ctx, m, classes, average, per, &v) == MIL_OK);
+            CHECK_NEAR(v, f1[w] / weight[w], 1e-12);
+            CHECK(is_nan(per[7]) && per[9] == 0);
+            CHECK(mil_metric_specificity(ctx, m, classes, average, per, &v) == MIL_OK);
+            CHECK_NEAR(v, specificity[w] / weight[w], 1e-12);
+            CHECK(is_nan(per[7]));
+            CHECK_NEAR(per[9], (n - column[9]) / n, 1e-13);
+        }
+        for (int w = 0; w < 3; w++) {
+            double seen = 0, chance = 0;
+            for (int64_t i = 0; i < classes; i++)
+                for (int64_t j = 0; j < classes; j++) {
+                    const double d = fabs((double)(i - j)), cost = w == 0 ? (i != j ? 1.0 : 0.0) : w == 1 ? d : d * d;
+                    seen += cost * (double)m[i * classes + j];
+                    chance += cost * row[i] * column[j];
+                }
+            CHECK(mil_metric_kappa(ctx, m, classes, all[w], &v) == MIL_OK);
+            CHECK_NEAR(v, 1 - seen * n / chance, 1e-12);
+        }
+    }
+}
+
 // ---- ranking ----
 
 // Positives .35 .8, negatives .1 .4: the pairs .35 > .1, .8 > .1, .8 > .4 are right, .35 < .4 is not: 3/4.
@@ -408,6 +468,41 @@ TEST(temperature_without_an_optimum_is_an_end_of_its_range)
     CHECK_NEAR(T, 1, 0);
     CHECK(mil_temperature_fit(ctx, huge, y, 2, 2, &T, NULL) == MIL_OK);
     CHECK_NEAR(T, 1, 0);
+}
+
+// Beyond some 745 the other class's probability is lost in a double, and with it the slope at T = 1.
+TEST(temperature_of_saturated_right_logits_is_the_lowest)
+{
+    const double sizes[] = { 10, 90, 700, 745, 810, 2000, 7000 };
+    const int64_t y[] = { 0, 1 };
+    open_context();
+    for (int64_t k = 0; k < COUNT(sizes); k++) {
+        const double z = sizes[k], two[] = { z, 0,  0, z }, one[] = { -z, z };
+        double T = 0, nll = 1;
+        CHECK(mil_temperature_fit(ctx, two, y, 2, 2, &T, &nll) == MIL_OK);
+        CHECK_NEAR(T, 0.01, EXACT);
+        CHECK(nll >= 0 && nll < 1e-15);
+        CHECK(mil_temperature_fit(ctx, one, y, 2, 1, &T, &nll) == MIL_OK);
+        CHECK_NEAR(T, 0.01, EXACT);
+    }
+}
+
+// Their differences overflow: an error, or an answer that is a number of the range.
+TEST(temperature_of_logits_near_the_largest_double_is_no_nonsense)
+{
+    const double z[] = { 1e308, -1e308 };
+    const int64_t labels[] = { 0, 1 };
+    open_context();
+    for (int k = 0; k < 2; k++) {
+        double T = 7, nll = 7;
+        const mil_status status = mil_temperature_fit(ctx, z, labels + k, 1, 2, &T, &nll);
+        if (status == MIL_OK) CHECK(T >= 0.01 && T <= 100 && nll >= 0 && nll <= 1.7e308);
+        else {
+            CHECK(status == MIL_ERROR_NUMERIC);
+            CHECK_CONTAINS(mil_error(ctx), "temperature: ");
+            CHECK(T == 7 && nll == 7);
+        }
+    }
 }
 
 // ---- survival ----
@@ -898,6 +993,7 @@ TESTS(
     T(class_predicted_but_not_seen_counts_zero_in_recall_and_not_in_balanced_accuracy)
     T(kappa_by_hand)
     T(kappa_of_a_single_class_is_undefined)
+    T(many_classes_give_what_plain_formulas_give)
     T(auroc_and_average_precision_by_hand)
     T(auroc_of_equal_scores_is_one_half)
     T(auroc_takes_infinite_scores)
@@ -910,6 +1006,8 @@ TESTS(
     T(temperature_matches_a_reference_minimiser)
     T(temperature_scales_with_the_logits_and_leaves_log_loss_at_its_minimum)
     T(temperature_without_an_optimum_is_an_end_of_its_range)
+    T(temperature_of_saturated_right_logits_is_the_lowest)
+    T(temperature_of_logits_near_the_largest_double_is_no_nonsense)
     T(cindex_by_hand)
     T(cindex_with_ties_matches_its_definition)
     T(cindex_equals_the_count_of_pairs_for_any_tolerance)

@@ -4,6 +4,7 @@
 #include "mil.h"
 #include "check.h"
 #include "memory.h"
+#include <float.h>
 
 enum { D = 24, C = 3, N = 1200 };                          // several tiles of 128, and a rest
 #define NAME "abmil.base.uni.none"
@@ -530,6 +531,234 @@ TEST(a_batch_gives_its_bags_results_one_after_the_other)
     end();
 }
 
+// ---- rows that are not finite, in bags that are scored whole ----
+static mil_real not_finite(int k) { return (mil_real)(k == 0 ? (double)NAN : k == 1 ? (double)INFINITY : -(double)INFINITY); }
+
+// The bag is refused, its row is named, and the results of the bag before are not taken for its own.
+static void check_row_refused(mil_scorer *s, const mil_bag *b, int row)
+{
+    char part[64];
+    mil_real logits[2 * C];
+    snprintf(part, sizeof part, "row %d of the features holds NaN or infinity", row);
+    CHECK(mil_scorer_score(s, b) == MIL_ERROR_NUMERIC);
+    CHECK_CONTAINS(mil_error(ctx), part);
+    CHECK(mil_scorer_count(s, MIL_LOGITS) == 0);
+    CHECK(mil_scorer_read(s, MIL_LOGITS, logits, C) == MIL_ERROR_STATE);
+}
+
+TEST(a_model_that_needs_all_rows_refuses_one_that_is_not_finite)
+{
+    enum { M = 9, WIDE = 70 };                             // more columns than are looked at in one go
+    static const int column[] = { 0, 63, 64, 69 };
+    static mil_real x[2 * M * WIDE];
+    begin(1, NULL);
+    mil_model *other = mil_create(ctx, "transmil", "in_dim=70 embed_dim=8 num_classes=3");
+    mil_scorer *s = mil_scorer_create(other, NULL);
+    mil_real first[C], logits[C];
+    const int64_t one[2] = { M, WIDE }, two[3] = { 2, M, WIDE };
+    mil_bag b;
+    if (!CHECK(s != NULL)) return;
+    memset(&b, 0, sizeof b);
+    memcpy(x, bag, sizeof x);
+    b.features = mil_tensor_make(x, MIL_REAL_DTYPE, 2, one);
+    CHECK(mil_scorer_score(s, &b) == MIL_OK && mil_scorer_read(s, MIL_LOGITS, first, C) == MIL_OK);
+    for (int k = 0; k < 4; k++)
+        for (int row = 0; row < M; row += 4) {
+            x[row * WIDE + column[k]] = not_finite(k % 3);
+            check_row_refused(s, &b, row);
+            x[row * WIDE + column[k]] = bag[row * WIDE + column[k]];
+        }
+    b.features = mil_tensor_make(x, MIL_REAL_DTYPE, 3, two);                   // of a batch: rows count over all bags
+    x[(M + 2) * WIDE + 5] = not_finite(0);
+    check_row_refused(s, &b, M + 2);
+    b.features = mil_tensor_make(x, MIL_REAL_DTYPE, 2, one);                   // the first bag alone is still fine
+    CHECK(mil_scorer_score(s, &b) == MIL_OK && mil_scorer_read(s, MIL_LOGITS, logits, C) == MIL_OK);
+    CHECK(memcmp(first, logits, sizeof first) == 0);
+    mil_scorer_free(s);
+    mil_model_free(other);
+    end();
+}
+
+TEST(a_batch_of_a_model_that_streams_refuses_a_row_that_is_not_finite)
+{
+    enum { M = 9 };
+    const int64_t two[3] = { 2, M, D };
+    begin(1, NULL);
+    mil_scorer *s = make_scorer(0);
+    mil_bag b = bag_of(bag, 2 * M);
+    b.features = mil_tensor_make(bag, MIL_REAL_DTYPE, 3, two);
+    for (int k = 0; k < 3; k++) {
+        const mil_real was = bag[(M + k) * D + 23];
+        CHECK(mil_scorer_score(s, &b) == MIL_OK);
+        bag[(M + k) * D + 23] = not_finite(k);
+        check_row_refused(s, &b, M + k);
+        bag[(M + k) * D + 23] = was;
+    }
+    mil_scorer_free(s);
+    end();
+}
+
+// The halves of a bag, and columns that stand apart: what lies between them is not looked at.
+TEST(halves_and_columns_apart_are_looked_at_where_they_are)
+{
+    enum { M = 9 };
+    static const uint16_t bad_half[] = { 0x7e00, 0x7c00, 0xfc00 };             // NaN, infinity, -infinity
+    static uint16_t half[M * D];
+    static mil_real apart[2 * M * D];
+    begin(1, NULL);
+    mil_model *other = mil_create(ctx, "transmil", "in_dim=24 embed_dim=8 num_classes=3");
+    mil_scorer *streams = make_scorer(0), *needs_all = mil_scorer_create(other, NULL);
+    if (!CHECK(streams && needs_all)) return;
+    for (int i = 0; i < M * D; i++) {
+        half[i] = to_half((float)(i % 16) / 8);
+        apart[2 * i] = bag[i];
+        apart[2 * i + 1] = not_finite(i % 3);
+    }
+    mil_bag halves = bag_of(bag, M), columns = bag_of(bag, M);
+    halves.features = mil_tensor_matrix(half, MIL_F16, M, D);
+    columns.features.data = apart;
+    columns.features.stride[0] = 2 * D * (int64_t)sizeof *apart;
+    columns.features.stride[1] = 2 * (int64_t)sizeof *apart;
+    CHECK(mil_scorer_score(needs_all, &halves) == MIL_OK);
+    CHECK(mil_scorer_score(needs_all, &columns) == MIL_OK);
+    CHECK(mil_scorer_score(streams, &columns) == MIL_OK);
+    for (int k = 0; k < 3; k++) {
+        const uint16_t was = half[(k + 4) * D + 7];
+        half[(k + 4) * D + 7] = bad_half[k];
+        check_row_refused(needs_all, &halves, k + 4);
+        half[(k + 4) * D + 7] = was;
+        apart[2 * ((k + 2) * D + 23)] = not_finite(k);
+        check_row_refused(needs_all, &columns, k + 2);
+        check_row_refused(streams, &columns, k + 2);
+        apart[2 * ((k + 2) * D + 23)] = bag[(k + 2) * D + 23];
+    }
+    mil_scorer_free(streams);
+    mil_scorer_free(needs_all);
+    mil_model_free(other);
+    end();
+}
+
+TEST(with_a_mask_only_real_rows_have_to_be_finite)
+{
+    enum { M = 9 };
+    unsigned char mask[M] = { 1, 1, 0, 1, 1, 1, 0, 1, 1 };
+    const int64_t shape = M;
+    begin(1, NULL);
+    mil_scorer *s = make_scorer(0);
+    mil_bag b = bag_of(bag, M);
+    b.mask = mil_tensor_make(mask, MIL_U8, 1, &shape);
+    mil_real first[C], logits[C];
+    CHECK(mil_scorer_score(s, &b) == MIL_OK && mil_scorer_read(s, MIL_LOGITS, first, C) == MIL_OK);
+    for (int k = 0; k < 3; k++) {
+        bag[2 * D + 3] = not_finite(k);                    // of a masked row
+        CHECK(mil_scorer_score(s, &b) == MIL_OK && mil_scorer_read(s, MIL_LOGITS, logits, C) == MIL_OK);
+        CHECK(memcmp(first, logits, sizeof first) == 0);
+        const mil_real was = bag[7 * D + 3];
+        bag[7 * D + 3] = not_finite(k);
+        check_row_refused(s, &b, 7);
+        bag[7 * D + 3] = was;
+    }
+    mil_scorer_free(s);
+    end();
+}
+
+// ---- masks ----
+// A mask says real or not: images have 0 and 255, and a mean of masks has halves.
+TEST(any_number_but_zero_in_a_mask_is_a_real_row)
+{
+    static const char *const models[][2] = { { "abmil", "in_dim=24 embed_dim=4 attn_dim=4" }, { "dsmil", "in_dim=24 embed_dim=4 attn_dim=4" }, { "abmil.torchmil", "in_dim=24 att_dim=4" } };
+    enum { M = 13, MOST = M * 8 };
+    static mil_real first[MIL_RESULT_COUNT][MOST], result[MOST];
+    const int64_t shape = M;
+    begin(1, NULL);
+    for (int k = 0; k < 3; k++) {
+        mil_scorer_options o = mil_scorer_options_default();
+        mil_model *other = mil_create(ctx, models[k][0], models[k][1]);
+        o.results = EVERYTHING;
+        mil_scorer *s = mil_scorer_create(other, &o);
+        if (!CHECK(s != NULL)) return;
+        for (int form = 0; form < 5; form++) {             // 0/1; 0/255; 0/0.5; 0/-3; 0/1, 2, 3 ..
+            unsigned char bytes[M];
+            float numbers[M];
+            mil_bag b = bag_of(bag, M);
+            for (int n = 0; n < M; n++) {
+                const int real = n % 3 != 1;
+                bytes[n] = (unsigned char)(real ? form == 0 ? 1 : form == 1 ? 255 : n + 1 : 0);
+                numbers[n] = real ? form == 2 ? 0.5f : -3.0f : 0.0f;
+            }
+            b.mask = form == 2 || form == 3 ? mil_tensor_make(numbers, MIL_F32, 1, &shape) : mil_tensor_make(bytes, MIL_U8, 1, &shape);
+            CHECK(mil_scorer_score(s, &b) == MIL_OK);
+            for (int r = 0; r < MIL_RESULT_COUNT; r++) {
+                const int64_t count = mil_scorer_count(s, (mil_result)r);
+                if (count == 0) continue;                  // a model need not give every result
+                if (!CHECK(count <= MOST && mil_scorer_read(s, (mil_result)r, form ? result : first[r], count) == MIL_OK)) continue;
+                if (form && !CHECK(memcmp(result, first[r], (size_t)count * sizeof *result) == 0)) printf("%s, %s\n", models[k][0], mil_result_name((mil_result)r));
+            }
+        }
+        mil_scorer_free(s);
+        mil_model_free(other);
+    }
+    end();
+}
+
+TEST(attention_of_masked_rows_is_the_lowest_finite_number)
+{
+    static const char *const models[][2] = {
+        { "abmil.torchmil", "in_dim=24 att_dim=4" }, { "abmil.torchmil", "in_dim=24 att_dim=4 gated=true feat_ext_sizes=[6] feat_ext_activations=[relu]" },
+        { "abmil", "in_dim=24 embed_dim=4 attn_dim=4" }, { "dsmil", "in_dim=24 embed_dim=4 attn_dim=4" }
+    };
+    enum { M = 13 };
+    const mil_real lowest = (mil_real)(MIL_REAL_IS_FLOAT ? -(double)FLT_MAX : -DBL_MAX);
+    unsigned char mask[M];
+    const int64_t shape = M;
+    begin(1, NULL);
+    for (int n = 0; n < M; n++) mask[n] = n % 3 != 1;
+    for (int k = 0; k < 4; k++) {
+        mil_model *other = mil_create(ctx, models[k][0], models[k][1]);
+        mil_scorer *s = mil_scorer_create(other, NULL);
+        if (!CHECK(s != NULL)) return;
+        mil_real open[2 * M], masked[2 * M];
+        mil_bag b = bag_of(bag, M);
+        CHECK(mil_scorer_score(s, &b) == MIL_OK);
+        const int64_t count = mil_scorer_count(s, MIL_ATTENTION), K = count / M;
+        if (!CHECK(count == M || count == 2 * M)) return;
+        CHECK(mil_scorer_read(s, MIL_ATTENTION, open, count) == MIL_OK);
+        b.mask = mil_tensor_make(mask, MIL_U8, 1, &shape);
+        CHECK(mil_scorer_score(s, &b) == MIL_OK && mil_scorer_read(s, MIL_ATTENTION, masked, count) == MIL_OK);
+        for (int64_t i = 0; i < count; i++) {
+            if (!mask[i / K]) CHECK(masked[i] == lowest);
+            else CHECK(masked[i] > lowest);
+            if (mask[i / K] && k < 3) CHECK_NEAR(masked[i], open[i], ROUNDING);                // dsmil's scores look at the bag
+        }
+        mil_scorer_free(s);
+        mil_model_free(other);
+    }
+    end();
+}
+
+TEST(coordinates_of_another_number_of_rows_are_refused)
+{
+    static mil_real places[10];
+    begin(1, NULL);
+    mil_scorer *s = make_scorer(0);
+    mil_tape *tape = NULL;
+    mil_outputs out;
+    mil_bag b = bag_of(bag, 5);
+    CHECK(mil_tape_create(ctx, &tape) == MIL_OK);
+    for (int64_t rows = 1; rows < 7; rows++) {
+        b.coords = mil_tensor_matrix(places, MIL_REAL_DTYPE, rows < 6 ? rows : 5, rows < 6 ? 2 : 1);
+        mil_tape_reset(tape);
+        const mil_status recorded = mil_model_record(tape, model, &b, NULL, &out);
+        CHECK((recorded == MIL_OK) == (rows == 5));
+        CHECK(mil_scorer_score(s, &b) == recorded);
+        CHECK(recorded == MIL_OK || mil_error(ctx)[0]);
+        CHECK(mil_scorer_count(s, MIL_LOGITS) == (recorded == MIL_OK ? C : 0));
+    }
+    mil_tape_free(tape);
+    mil_scorer_free(s);
+    end();
+}
+
 // ---- ranks, doubles ----
 TEST(ranks_are_places_with_ties_shared_and_masked_rows_left_out)
 {
@@ -919,6 +1148,43 @@ TEST(a_fixed_block_of_the_announced_size_is_enough)
     }
 }
 
+// Ranks need the order of all rows; a model that does not stream is told so only while it is recorded.
+TEST(a_fixed_block_of_the_announced_size_is_enough_for_a_model_that_needs_all_rows)
+{
+    static const char *const models[][2] = {
+        { "transmil", "in_dim=24 embed_dim=8" }, { "transformer", "in_dim=24 embed_dim=8" }, { "wikg", "in_dim=24 embed_dim=8" },
+        { "ilra", "in_dim=24 embed_dim=8" }, { "dsmil", "in_dim=24 embed_dim=8 attn_dim=4" }, { "clam", "in_dim=24 embed_dim=8 attention_dim=4" }
+    };
+    enum { M = 60 };
+    static char block[4 << 20];
+    fill_bag();
+    const mil_bag b = bag_of(bag, M);
+    for (int k = 0; k < 6; k++)
+        for (int form = 0; form < 2; form++) {             // without and with a reserve
+            mil_context_options o = mil_context_options_default();
+            mil_scorer_options so = mil_scorer_options_default();
+            mil_real rank[2 * M];
+            so.results |= 1u << MIL_RANK;
+            so.capacity = form ? M : 0;
+            o.threads = 1;
+            ctx = memory_context(&mem, 1, NULL);
+            model = mil_create(ctx, models[k][0], models[k][1]);
+            const size_t held = mil_context_bytes(ctx) + 128 * (size_t)mil_model_param_count(model), scorer = mil_scorer_bytes(model, &so, M);
+            end();
+            o.memory = block;
+            o.memory_size = 3072 + held + 1024 + scorer;   // as mil_scorer_bytes says
+            if (!CHECK(scorer > 0 && o.memory_size <= sizeof block && mil_context_create(&ctx, &o) == MIL_OK)) return;
+            model = mil_create(ctx, models[k][0], models[k][1]);
+            mil_scorer *s = mil_scorer_create(model, &so);
+            if (!CHECK(s && mil_scorer_score(s, &b) == MIL_OK)) printf("%s: %s\n", models[k][0], mil_error(ctx));
+            const int64_t count = mil_scorer_count(s, MIL_RANK);
+            if (count) CHECK(count <= 2 * M && mil_scorer_read(s, MIL_RANK, rank, count) == MIL_OK);
+            mil_scorer_free(s);
+            mil_model_free(model);
+            mil_context_free(ctx);
+        }
+}
+
 TEST(growing_takes_three_times_the_announced_at_most)
 {
     begin(1, NULL);
@@ -1084,4 +1350,12 @@ TESTS(
     T(contributions_and_bias_sum_to_the_logits)
     T(a_nan_in_a_masked_row_spoils_nothing)
     T(one_logit_gives_the_sigmoid)
+    T(a_model_that_needs_all_rows_refuses_one_that_is_not_finite)
+    T(a_batch_of_a_model_that_streams_refuses_a_row_that_is_not_finite)
+    T(halves_and_columns_apart_are_looked_at_where_they_are)
+    T(with_a_mask_only_real_rows_have_to_be_finite)
+    T(any_number_but_zero_in_a_mask_is_a_real_row)
+    T(attention_of_masked_rows_is_the_lowest_finite_number)
+    T(coordinates_of_another_number_of_rows_are_refused)
+    T(a_fixed_block_of_the_announced_size_is_enough_for_a_model_that_needs_all_rows)
 )

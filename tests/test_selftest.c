@@ -38,6 +38,20 @@ TEST(every_cpu_tier_and_thread_count_passes_the_selftest)
     CHECK(tiers >= 4);                                     // auto and plain are everywhere
 }
 
+// Products of fewer bits are wider off than a full one, and are no wrong machine. Where there are none, it is the full test.
+TEST(products_of_reduced_precision_pass_the_selftest)
+{
+    for (int threads = 1; threads <= 3; threads += 2) {
+        mil_context *ctx;
+        mil_context_options o = mil_context_options_default();
+        o.precision = MIL_PRECISION_BF16;
+        o.threads = threads;
+        if (!CHECK(mil_context_create(&ctx, &o) == MIL_OK)) return;
+        if (!CHECK(mil_selftest(ctx) == MIL_OK)) printf("  %s: %s\n", mil_context_cpu(ctx), mil_error(ctx));
+        mil_context_free(ctx);
+    }
+}
+
 TEST(the_selftest_leaves_nothing_behind_when_an_allocation_fails)
 {
     mil_context *ctx = memory_context(&mem, 1, NULL);
@@ -95,5 +109,6 @@ TEST(a_wrong_machine_fails_the_selftest)
 }
 
 TESTS(T(the_version_is_that_of_the_header) T(every_cpu_tier_and_thread_count_passes_the_selftest)
+      T(products_of_reduced_precision_pass_the_selftest)
       T(the_selftest_leaves_nothing_behind_when_an_allocation_fails) T(the_selftest_runs_in_a_fixed_block)
       T(a_wrong_machine_fails_the_selftest))
