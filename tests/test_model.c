@@ -119,6 +119,31 @@ TEST(options_come_as_pairs_or_json_and_the_later_wins)
     end();
 }
 
+// As a program that indents its JSON writes it, one item a line; the items with blanks of every kind around them.
+TEST(a_list_may_stand_on_several_lines)
+{
+    static const char *const options[] = {
+        "{\n  \"in_dim\": 6,\n  \"feat_ext_sizes\": [\n    8,\n    4\n  ],\n  \"feat_ext_activations\": [\n    \"relu\",\n    \"none\"\n  ]\n}\n",
+        "{\r\n\t\"in_dim\": 6,\r\n\t\"feat_ext_sizes\": [\r\n\t\t8,\r\n\t\t4\r\n\t],\r\n\t\"feat_ext_activations\": [\r\n\t\t\"relu\",\r\n\t\t\"none\"\r\n\t]\r\n}",
+        "{\"in_dim\":6,\"feat_ext_sizes\":[ \t\r\n8\t,\n4 \n],\"feat_ext_activations\":[\n\"relu\" , \t\"none\"\r]}",
+        "{\"in_dim\":6,\"feat_ext_sizes\":[8,4],\"feat_ext_activations\":[\"relu\",\"none\"]}"
+    };
+    char text[512];
+    begin();
+    for (int k = 0; k < 4; k++) {
+        mil_model *m = mil_create(ctx, "abmil.torchmil", options[k]);
+        if (!CHECK(m != NULL)) { puts(mil_error(ctx)); continue; }
+        mil_model_config(m, text, sizeof text);
+        CHECK_CONTAINS(text, "\"feat_ext_sizes\":[8,4],\"feat_ext_activations\":[\"relu\",\"none\"]");
+        mil_model_free(m);
+    }
+    mil_model *none = mil_create(ctx, "abmil.torchmil", "{\n\t\"in_dim\": 6,\n\t\"feat_ext_sizes\": [\n\t]\n}");
+    CHECK(none != NULL);
+    mil_model_free(none);
+    CHECK(mil_create(ctx, "abmil.torchmil", "{\"in_dim\":6,\"feat_ext_sizes\":[\n8\n4\n]}") == NULL && mil_error_status(ctx) == MIL_ERROR_FORMAT);
+    end();
+}
+
 TEST(encoders_give_the_widths_of_the_reference)
 {
     static const struct { const char *name; int64_t dim; } table[] = {
@@ -174,6 +199,34 @@ TEST(keys_are_found_with_and_without_prefixes)
     CHECK(mil_param_write(p, value, 32) == MIL_OK && p->version > version);
     memset(value, 0, sizeof value);
     CHECK(mil_param_read(p, value, 32) == MIL_OK && value[31] == 31);
+    mil_model_free(m);
+    end();
+}
+
+TEST(what_cannot_be_read_or_written_is_said)
+{
+    begin();
+    mil_model *m = mil_create(ctx, "clam", "in_dim=6 embed_dim=8 attention_dim=4");
+    mil_param *p = mil_model_find(m, "classifier.bias"), *labels = mil_model_find(m, "instance_loss_fn.labels");
+    mil_real value[3] = { 5, 6, 7 }, now[2] = { 1, 1 };
+    if (!CHECK(p && labels && p->count == 2 && labels->count == 2 && labels->dtype == MIL_I64)) return;
+    const int64_t version = p->version;
+    CHECK(mil_param_read(p, NULL, 2) == MIL_ERROR_ARGUMENT);
+    CHECK_STRING(mil_error(ctx), "mil_param_read: classifier.bias: the caller's memory is NULL");
+    CHECK(mil_param_write(p, NULL, 2) == MIL_ERROR_ARGUMENT);
+    CHECK_STRING(mil_error(ctx), "mil_param_write: classifier.bias: the caller's memory is NULL");
+    CHECK(mil_param_read(p, value, 3) == MIL_ERROR_ARGUMENT);
+    CHECK_STRING(mil_error(ctx), "mil_param_read: classifier.bias has 2 elements, not 3");
+    CHECK(mil_param_write(p, value, 1) == MIL_ERROR_ARGUMENT);
+    CHECK_STRING(mil_error(ctx), "mil_param_write: classifier.bias has 2 elements, not 1");
+    CHECK(mil_param_read(labels, value, 2) == MIL_ERROR_ARGUMENT);
+    CHECK_STRING(mil_error(ctx), "mil_param_read: instance_loss_fn.labels holds I64, no mil_real");
+    CHECK(mil_param_write(labels, value, 2) == MIL_ERROR_ARGUMENT);
+    CHECK_STRING(mil_error(ctx), "mil_param_write: instance_loss_fn.labels holds I64, no mil_real");
+    CHECK(mil_param_read(NULL, value, 2) == MIL_ERROR_ARGUMENT && mil_param_write(NULL, value, 2) == MIL_ERROR_ARGUMENT);
+    CHECK(value[0] == 5 && value[1] == 6 && value[2] == 7 && p->version == version);
+    CHECK(((const int64_t *)labels->data)[0] == 0 && ((const int64_t *)labels->data)[1] == 1);
+    CHECK(mil_param_read(p, now, 2) == MIL_OK && now[0] == 0 && now[1] == 0);
     mil_model_free(m);
     end();
 }
@@ -515,6 +568,39 @@ TEST(files_without_a_classifier_open_with_a_fresh_one)         // as FEATHER's a
     end();
 }
 
+// One of the two names is the end of the other, and what is skipped must be found whichever comes first.
+TEST(a_config_with_dtype_and_torch_dtype_opens)
+{
+    static const char *const both[] = {
+        "\"torch_dtype\": \"float32\"", "\"dtype\": \"float32\"", "\"torch_dtype\": \"float32\", \"dtype\": \"float32\"",
+        "\"dtype\": \"float32\", \"torch_dtype\": \"float32\""
+    };
+    static const char *const parts[] = { "type", "torch", "torch_dtyp", "dtype_" };       // are none of them
+    char text[256];
+    begin();
+    mil_model *a = mil_create(ctx, "abmil", "in_dim=6 embed_dim=8 attn_dim=4");
+    CHECK(mil_model_init(a, 3) == MIL_OK);
+    state s = state_of(a, "model.");
+    write_state(&s, NULL, 0);
+    CHECK(mil_file_write(ctx, path_of("model.safetensors"), file, file_size) == MIL_OK);
+    for (int k = 0; k < 4; k++) {
+        snprintf(text, sizeof text, "{\"model_type\": \"abmil\", \"in_dim\": 6, \"embed_dim\": 8, \"attn_dim\": 4, %s}", both[k]);
+        CHECK(mil_file_write(ctx, path_of("config.json"), text, strlen(text)) == MIL_OK);
+        mil_model *b = mil_open(ctx, path_of("model.safetensors"));
+        if (!CHECK(b && bits_of(b) == bits_of(a))) printf("%s: %s\n", both[k], mil_error(ctx));
+        mil_model_free(b);
+        snprintf(text, sizeof text, "{\"model_type\": \"abmil\", \"in_dim\": 6, \"embed_dim\": 8, \"attn_dim\": 4, \"%s\": 1}", parts[k]);
+        CHECK(mil_file_write(ctx, path_of("config.json"), text, strlen(text)) == MIL_OK);
+        CHECK(mil_open(ctx, path_of("model.safetensors")) == NULL && mil_error_status(ctx) == MIL_ERROR_UNKNOWN);
+    }
+    mil_model_free(a);
+    unlink(path_of("config.json"));
+    unlink(path_of("model.safetensors"));
+    rmdir(folder);
+    folder[0] = 0;
+    end();
+}
+
 // Another number of classes: the classifier is fresh, and so are the instance classifiers that only one side has.
 TEST(a_new_head_takes_what_both_have)
 {
@@ -563,6 +649,30 @@ TEST(class_names_and_metadata_are_checked)
     CHECK(mil_model_set_metadata(m, "k", "1") == MIL_OK && mil_model_set_metadata(m, "k", "2") == MIL_OK);
     CHECK_STRING(mil_model_metadata(m, "k"), "2");
     mil_model_free(m);
+    end();
+}
+
+// What could not be saved is not taken, so that a later save does not fail for it.
+TEST(metadata_that_is_no_utf8_is_refused_and_the_model_saves)
+{
+    static const char *const wrong[] = { "caf\xe9", "\xff", "\xc3", "\xc0\x80", "\xed\xa0\x80", "\xf5\x80\x80\x80" };
+    begin();
+    mil_model *m = mil_create(ctx, "abmil", SMALL);
+    CHECK(mil_model_set_metadata(m, "note", "caf\xc3\xa9") == MIL_OK);
+    for (int k = 0; k < 6; k++) {
+        CHECK(mil_model_set_metadata(m, "note", wrong[k]) == MIL_ERROR_ARGUMENT);
+        CHECK_CONTAINS(mil_error(ctx), "is not UTF-8");
+        CHECK(mil_model_set_metadata(m, wrong[k], "x") == MIL_ERROR_ARGUMENT);
+        CHECK_CONTAINS(mil_error(ctx), "is not UTF-8");
+        CHECK(mil_model_metadata(m, wrong[k]) == NULL);
+        CHECK_STRING(mil_model_metadata(m, "note"), "caf\xc3\xa9");
+    }
+    file_size = sizeof file;
+    CHECK(mil_save_memory(m, file, &file_size) == MIL_OK);
+    mil_model *n = mil_open_memory(ctx, file, file_size);
+    if (CHECK(n != NULL)) CHECK_STRING(mil_model_metadata(n, "note"), "caf\xc3\xa9");
+    mil_model_free(m);
+    mil_model_free(n);
     end();
 }
 
@@ -687,6 +797,12 @@ TEST(what_cannot_be_registered_is_refused)
     narrow.option_count = 1;
     CHECK(mil_register(ctx, &narrow) == MIL_ERROR_ARGUMENT);
     CHECK_CONTAINS(mil_error(ctx), "narrow has no option in_dim");
+    mil_architecture empty = arch;                         // a count without the configs that it counts
+    empty.name = "empty";
+    empty.configs = NULL;
+    CHECK(mil_register(ctx, &empty) == MIL_ERROR_ARGUMENT);
+    CHECK_CONTAINS(mil_error(ctx), "mil_register: an architecture needs a name, a config");
+    CHECK(mil_create(ctx, "empty", NULL) == NULL && mil_error_status(ctx) == MIL_ERROR_UNKNOWN);
     mil_context_free(ctx);
     CHECK(mem.bytes == 0);
 }
@@ -819,9 +935,11 @@ TESTS(
     T(unknown_names_are_answered_with_the_nearest)
     T(options_that_make_no_sense_are_refused)
     T(options_come_as_pairs_or_json_and_the_later_wins)
+    T(a_list_may_stand_on_several_lines)
     T(encoders_give_the_widths_of_the_reference)
     T(parameter_counts_are_those_of_the_reference)
     T(keys_are_found_with_and_without_prefixes)
+    T(what_cannot_be_read_or_written_is_said)
     T(fresh_weights_keep_their_bounds_and_are_the_same_everywhere)
     T(saved_and_loaded_models_have_the_same_bytes)
     T(prefixes_of_wrappers_are_understood)
@@ -829,8 +947,10 @@ TESTS(
     T(files_that_do_not_fit_are_named_and_change_nothing)
     T(many_missing_names_are_counted)
     T(files_without_a_classifier_open_with_a_fresh_one)
+    T(a_config_with_dtype_and_torch_dtype_opens)
     T(a_new_head_takes_what_both_have)
     T(class_names_and_metadata_are_checked)
+    T(metadata_that_is_no_utf8_is_refused_and_the_model_saves)
     T(reserved_metadata_keys_are_refused)
     T(a_users_model_is_made_saved_and_opened_like_any_other)
     T(what_cannot_be_registered_is_refused)

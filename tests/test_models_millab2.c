@@ -292,6 +292,52 @@ TEST(dsmil_with_mask_critical_ignores_padding_and_nan_in_it)
     mil_context_free(ctx);
 }
 
+// The instance loss of class y's bag, the class told as a label or by a target per logit, 1 for y and 0 for others.
+static double instance_loss_of(const char *options, int64_t C, int64_t y, int one_hot)
+{
+    double values[4] = { 0, 0, 0, 0 }, *loss = NULL, found = (double)NAN;
+    mil_context *ctx = context_new();
+    replay r;
+    if (CHECK(replay_make(&r, ctx, "clam", options, 1, 9, &y, 21))) {
+        values[y] = 1;
+        if (one_hot) {
+            r.target = mil_target_value(0);
+            r.target.values = values;
+            r.target.count = C;
+        }
+        if (CHECK(replay_record(&r))) {
+            mil_node *n = mil_outputs_find(&r.out, "instance_loss");
+            mil_node_keep(n);
+            CHECK(mil_tape_run(r.tape) == MIL_OK);
+            loss = read_node(n);
+        }
+        if (CHECK(loss != NULL)) found = loss[0];
+        free(loss);
+    }
+    CHECK_STRING(r.why, "");
+    replay_free(&r);
+    mil_context_free(ctx);
+    return found;
+}
+
+TEST(clam_finds_the_class_of_a_target_per_logit)
+{
+    static const struct { const char *options; int64_t C; } models[] = {
+        { SMALL "attention_dim=4 k_sample=2 dropout=0", 2 }, { SMALL "attention_dim=4 k_sample=2 dropout=0 num_classes=4", 4 },
+        { SMALL "attention_dim=4 k_sample=2 dropout=0 instance_loss_fn=ce", 2 },
+        { SMALL "attention_dim=4 k_sample=2 dropout=0 instance_loss_fn=ce subtyping=true num_classes=3", 3 }
+    };
+    for (int k = 0; k < 4; k++) {
+        double first = 0;
+        for (int64_t y = 0; y < models[k].C; y++) {
+            const double by_label = instance_loss_of(models[k].options, models[k].C, y, 0);
+            CHECK(instance_loss_of(models[k].options, models[k].C, y, 1) == by_label);
+            if (y == 0) first = by_label;
+            else CHECK(by_label != first);                 // the classes can be told apart by it
+        }
+    }
+}
+
 // ---- refused ----
 static void refused(const char *name, const char *options, int64_t B, int64_t N, const int64_t *label, const float *mask, const char *part)
 {
@@ -319,6 +365,40 @@ TEST(bags_and_labels_that_do_not_fit_are_named)
     refused("clam", SMALL, 1, 8, NULL, mask, "no mask");
 }
 
+// Each would be a class that is none: NaN as a whole number, the first of no labels.
+TEST(clam_refuses_targets_that_name_no_class)
+{
+    static const char *const parts[] = { "target value 0 is", "target value 0 is", "target value 1 is", "mil_target.count is 0", "0 target values" };
+    const int64_t zero = 0;
+    for (int k = 0; k < 5; k++) {
+        double *values = (double *)malloc(2 * sizeof *values);                 // of its own, so that a sanitizer sees what is read beyond
+        void *labels = malloc(1);
+        mil_context *ctx = context_new();
+        replay r;
+        if (CHECK(values && labels && replay_make(&r, ctx, "clam", k < 2 ? SMALL "k_sample=2 num_classes=1" : SMALL "k_sample=2", 1, 8, &zero, 3))) {
+            values[0] = 0;
+            values[1] = (double)NAN;
+            if (k < 2) r.target = mil_target_value(k ? -(double)INFINITY : (double)NAN);
+            if (k == 2 || k == 4) {
+                r.target = mil_target_value(0);
+                r.target.values = values;
+                r.target.count = k == 2 ? 2 : 0;
+            }
+            if (k == 3) {
+                r.target.labels = (const int64_t *)labels;
+                r.target.count = 0;
+            }
+            CHECK(!replay_record(&r));
+            CHECK_CONTAINS(r.why, parts[k]);
+            CHECK(mil_error_status(ctx) == MIL_ERROR_ARGUMENT);
+            replay_free(&r);
+        }
+        free(values);
+        free(labels);
+        mil_context_free(ctx);
+    }
+}
+
 TEST(clam_scores_a_bag_smaller_than_k_without_a_label)
 {
     mil_context *ctx = context_new();
@@ -344,4 +424,5 @@ TEST(dftd_loads_an_adapted_checkpoint)
 TESTS(CASES(CASE_ROW) T(every_option_agrees_with_differences) T(dftd_trains_on_a_binary_target) T(parameter_counts_are_the_references)
       T(fresh_weights_follow_the_references_rules) T(contributions_sum_to_the_logits) T(a_batch_gives_what_its_bags_give)
       T(dsmil_with_mask_critical_ignores_padding_and_nan_in_it) T(bags_and_labels_that_do_not_fit_are_named)
-      T(clam_scores_a_bag_smaller_than_k_without_a_label) T(dftd_loads_an_adapted_checkpoint))
+      T(clam_scores_a_bag_smaller_than_k_without_a_label) T(dftd_loads_an_adapted_checkpoint)
+      T(clam_finds_the_class_of_a_target_per_logit) T(clam_refuses_targets_that_name_no_class))

@@ -314,6 +314,29 @@ TEST(the_rate_can_be_scaled_on_the_way)
     rig_close(&r);
 }
 
+TEST(a_factor_that_is_no_rate_leaves_the_rate)
+{
+    static const double factors[] = { (double)NAN, (double)INFINITY, -(double)INFINITY, -1, -1e-300, 1e308 };
+    rig r;
+    double before[N + COLS], after[N + COLS];
+    probe_open(&r, "optimizer=sgd lr=0.5 weight_decay=0");
+    mil_trainer_scale_lr(r.trainer, 20);
+    for (int k = 0; k < 6; k++) {
+        mil_trainer_scale_lr(r.trainer, factors[k]);       // the last one's product is infinite
+        CHECK(mil_trainer_lr(r.trainer) == 10);
+    }
+    mil_trainer_scale_lr(NULL, 0.5);
+    mil_trainer_scale_lr(r.trainer, 0.0125);
+    CHECK_NEAR(mil_trainer_lr(r.trainer), 0.125, 1e-15);
+    probe_values(&r, before);
+    CHECK(probe_step(&r, 0, 0) == MIL_OK);
+    probe_values(&r, after);
+    for (int i = 0; i < N; i++) CHECK_NEAR(after[i], before[i] - 0.125 * grad_at(0, i), CLOSE);
+    mil_trainer_scale_lr(r.trainer, 0);                    // a rate of 0 is one
+    CHECK(mil_trainer_lr(r.trainer) == 0);
+    rig_close(&r);
+}
+
 TEST(the_average_with_warmup_follows_its_decay)
 {
     // q = 0, 0, 0, 1, 2: decay 0, 0, 0, 1 - 2^-(2/3) = 0.370.., 1 - 3^-(2/3) = 0.519.. but at most 0.5
@@ -756,6 +779,124 @@ TEST(a_state_that_does_not_fit_is_refused_and_changes_nothing)
     rig_close(&b);
 }
 
+// Where the numbers of tensor `name` stand in a state's bytes: after 8 bytes of the header's length, and the header.
+static size_t state_place(const char *bytes, const char *name)
+{
+    char header[4096], key[64];
+    size_t size = 0;
+    for (int i = 7; i >= 0; i--) size = size << 8 | (unsigned char)bytes[i];
+    if (!CHECK(size < sizeof header)) return 0;
+    memcpy(header, bytes + 8, size);
+    header[size] = 0;
+    snprintf(key, sizeof key, "\"%s\":", name);
+    const char *at = strstr(header, key);
+    if (at) at = strstr(at, "\"data_offsets\":[");
+    if (!CHECK(at != NULL)) return 0;
+    return 8 + size + (size_t)strtoul(at + strlen("\"data_offsets\":["), NULL, 10);
+}
+
+static void put_i64(char *bytes, int64_t value)            // little-endian on any machine, as the format has it
+{
+    for (int i = 0; i < 8; i++) bytes[i] = (char)((uint64_t)value >> 8 * i & 255);
+}
+
+TEST(a_state_whose_counters_are_beyond_counting_is_refused)
+{
+    enum { UPDATES, BAGS_SEEN, ACCUMULATED, STARTED };
+    static const struct { int which[2]; int64_t value; } wrong[] = {
+        { { UPDATES, UPDATES }, INT64_MAX }, { { BAGS_SEEN, BAGS_SEEN }, INT64_MAX }, { { ACCUMULATED, ACCUMULATED }, INT64_MAX },
+        { { BAGS_SEEN, ACCUMULATED }, INT64_MAX }, { { UPDATES, BAGS_SEEN }, INT64_MAX }, { { UPDATES, UPDATES }, ((int64_t)1 << 53) + 1 },
+        { { UPDATES, UPDATES }, INT64_MIN }, { { BAGS_SEEN, BAGS_SEEN }, -1 }, { { ACCUMULATED, ACCUMULATED }, -1 },
+        { { ACCUMULATED, ACCUMULATED }, 4 },               // as many as make an update: it would have been made
+        { { STARTED, STARTED }, 0 }
+    };
+    rig r;
+    size_t size, size2;
+    probe_open(&r, "accumulate=4");
+    for (int t = 0; t < 6; t++) CHECK(probe_step(&r, t, 0) == MIL_OK);
+    char *bytes = state_of(&r, &size), *damaged = (char *)malloc(size);
+    const size_t at = state_place(bytes, "counters");
+    if (!CHECK(damaged && at && at + 32 <= size)) return;
+    for (int k = 0; k < (int)(sizeof wrong / sizeof *wrong); k++) {
+        memcpy(damaged, bytes, size);
+        for (int i = 0; i < 2; i++) put_i64(damaged + at + 8 * wrong[k].which[i], wrong[k].value);
+        CHECK(mil_trainer_restore(r.trainer, damaged, size) == MIL_ERROR_FORMAT);
+        CHECK_CONTAINS(mil_error(r.ctx), "the counters contradict each other");
+    }
+    char *after = state_of(&r, &size2);
+    CHECK(size == size2 && memcmp(bytes, after, size) == 0);
+    memcpy(damaged, bytes, size);                          // as many updates as a double counts are a state to go on from
+    put_i64(damaged + at, ((int64_t)1 << 53) - 1);
+    CHECK(mil_trainer_restore(r.trainer, damaged, size) == MIL_OK);
+    CHECK(mil_trainer_steps(r.trainer) == ((int64_t)1 << 53) - 1);
+    CHECK(mil_trainer_flush(r.trainer) == MIL_OK);
+    free(bytes);
+    free(damaged);
+    free(after);
+    rig_close(&r);
+}
+
+// What is written meanwhile would be swapped out, and lost without a word.
+TEST(weights_are_not_written_while_the_average_is_swapped_in)
+{
+    rig r;
+    double before[N + COLS], swapped[N + COLS], after[N + COLS];
+    mil_real seven[COLS] = { 7, 7, 7 };
+    probe_open(&r, "optimizer=sgd lr=0.1 ema=0.9");
+    CHECK(probe_step(&r, 0, 0) == MIL_OK);
+    mil_param *b = mil_model_find(r.model, "b");
+    probe_values(&r, before);
+    CHECK(mil_trainer_swap_ema(r.trainer) == MIL_OK);
+    probe_values(&r, swapped);
+    CHECK(memcmp(before, swapped, sizeof before) != 0);
+    const int64_t version = b->version;
+    CHECK(mil_param_write(b, seven, COLS) == MIL_ERROR_STATE);
+    CHECK_CONTAINS(mil_error(r.ctx), "mil_param_write: the averaged weights of a trainer are swapped into probe");
+    CHECK(mil_model_init(r.model, 5) == MIL_ERROR_STATE);
+    CHECK_CONTAINS(mil_error(r.ctx), "mil_model_init: the averaged weights of a trainer are swapped into probe");
+    CHECK(b->version == version);
+    probe_values(&r, after);
+    CHECK(memcmp(after, swapped, sizeof after) == 0);
+    CHECK(mil_trainer_swap_ema(r.trainer) == MIL_OK);
+    probe_values(&r, after);
+    CHECK(memcmp(after, before, sizeof after) == 0);
+    CHECK(mil_param_write(b, seven, COLS) == MIL_OK);
+    probe_values(&r, after);
+    CHECK(after[N] == 7);
+    CHECK(mil_model_init(r.model, 5) == MIL_OK);
+    rig_close(&r);
+}
+
+// A note in the model's file that its head has never been trained, which the first update makes untrue.
+TEST(a_fresh_head_is_fresh_until_the_first_update)
+{
+    rig r;
+    mil_real x[N] = { 0 };
+    probe_open(&r, "accumulate=2");
+    CHECK(mil_model_set_metadata(r.model, "mil.head", "fresh") == MIL_OK && mil_model_set_metadata(r.model, "note", "kept") == MIL_OK);
+    CHECK(probe_step(&r, 0, 0) == MIL_OK);                 // half an update
+    CHECK_STRING(mil_model_metadata(r.model, "mil.head"), "fresh");
+    x[0] = (mil_real)(double)NAN;
+    const mil_tensor view = mil_tensor_matrix(x, MIL_REAL_DTYPE, ROWS, COLS);
+    const mil_bag bag = mil_bag_from(&view);
+    const mil_target target = mil_target_class(0);
+    CHECK(mil_trainer_step(r.trainer, &bag, &target, NULL, NULL) == MIL_ERROR_NUMERIC);        // and one that is refused
+    CHECK_STRING(mil_model_metadata(r.model, "mil.head"), "fresh");
+    CHECK(probe_step(&r, 1, 0) == MIL_OK);
+    CHECK(mil_trainer_steps(r.trainer) == 1);
+    CHECK(mil_model_metadata(r.model, "mil.head") == NULL);
+    CHECK_STRING(mil_model_metadata(r.model, "note"), "kept");
+    size_t size = 0;
+    CHECK(mil_save_memory(r.model, NULL, &size) == MIL_OK);
+    char *bytes = (char *)malloc(size);
+    CHECK(bytes && mil_save_memory(r.model, bytes, &size) == MIL_OK);
+    mil_model *opened = mil_open_memory(r.ctx, bytes, size);
+    CHECK(opened && mil_model_metadata(opened, "mil.head") == NULL);
+    mil_model_free(opened);
+    free(bytes);
+    rig_close(&r);
+}
+
 TEST(swapping_the_average_twice_gives_the_weights_back)
 {
     rig r;
@@ -939,6 +1080,29 @@ TEST(bad_options_are_refused_with_a_sentence)
     rig_close(&r);
 }
 
+// Adam divides by the root of the mean square plus eps: 0 / 0 for a column that is always 0.
+TEST(an_eps_of_zero_is_refused)
+{
+    static const char *const optimizers[] = { "adam", "adamw", "radam" };
+    char options[64];
+    rig r;
+    probe_open(&r, "");
+    mil_trainer_free(r.trainer);
+    r.trainer = NULL;
+    for (int k = 0; k < 3; k++)
+        for (int small = 0; small < 2; small++) {
+            snprintf(options, sizeof options, "optimizer=%s eps=%s", optimizers[k], small ? "1e-50" : "0");
+            mil_trainer *t = mil_trainer_create(r.model, options);
+            if (small && !MIL_REAL_IS_FLOAT) CHECK(t != NULL);                 // which in float is 0, too
+            else {
+                CHECK(t == NULL && mil_error_status(r.ctx) == MIL_ERROR_ARGUMENT);
+                CHECK_CONTAINS(mil_error(r.ctx), small ? "eps=1e-50 is 0" : "eps=0 is 0");
+            }
+            mil_trainer_free(t);
+        }
+    rig_close(&r);
+}
+
 TEST(the_option_table_is_complete)
 {
     int count = 0;
@@ -1031,4 +1195,6 @@ TESTS(T(evaluating_gives_loss_and_logits_and_changes_nothing) T(a_target_weighs_
       T(a_backend_with_memory_of_its_own_trains_alike) T(a_state_that_does_not_fit_is_refused_and_changes_nothing) T(swapping_the_average_twice_gives_the_weights_back)
       T(a_loss_that_is_not_finite_updates_nothing) T(a_gradient_that_is_not_finite_is_dropped)
       T(bad_options_are_refused_with_a_sentence) T(the_option_table_is_complete) T(a_wrong_bag_leaves_the_trainer_usable)
-      T(a_step_allocates_nothing_once_it_has_seen_the_bag) T(each_allocation_may_fail_and_the_step_be_tried_again))
+      T(a_step_allocates_nothing_once_it_has_seen_the_bag) T(each_allocation_may_fail_and_the_step_be_tried_again)
+      T(a_state_whose_counters_are_beyond_counting_is_refused) T(weights_are_not_written_while_the_average_is_swapped_in)
+      T(a_fresh_head_is_fresh_until_the_first_update) T(a_factor_that_is_no_rate_leaves_the_rate) T(an_eps_of_zero_is_refused))
