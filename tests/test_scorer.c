@@ -1156,7 +1156,7 @@ TEST(a_fixed_block_of_the_announced_size_is_enough_for_a_model_that_needs_all_ro
         { "ilra", "in_dim=24 embed_dim=8" }, { "dsmil", "in_dim=24 embed_dim=8 attn_dim=4" }, { "clam", "in_dim=24 embed_dim=8 attention_dim=4" }
     };
     enum { M = 60 };
-    static char block[4 << 20];
+    static char block[8 << 20];
     fill_bag();
     const mil_bag b = bag_of(bag, M);
     for (int k = 0; k < 6; k++)
