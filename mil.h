@@ -12381,7 +12381,7 @@ MILI_FN mil_status mili_parse_options_json(mil_context *ctx, const mil_option *t
         const size_t n = mili_json_copy(key, name, sizeof name, &nul);
         if (n >= sizeof name || nul) return mili_fail(ctx, MIL_ERROR_UNKNOWN, "%s: no option %s", what, mili_quote_n(key.text, key.size).text);
         if (ignored) {
-            const char *at = n ? strstr(ignored, name) : NULL;                       // a whole word of the list
+            const char *at = n && !strchr(name, ' ') ? strstr(ignored, name) : NULL;           // a whole word of the list
             while (at && !((at == ignored || at[-1] == ' ') && (at[n] == ' ' || at[n] == 0))) at = strstr(at + 1, name);
             if (at) continue;
         }
