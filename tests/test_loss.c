@@ -260,15 +260,15 @@ TEST(binary_targets_are_as_many_as_logits)
 {
     static const int64_t counts[3][2] = { { 2, 3 }, { 3, 2 }, { 0, 0 } };
     mil_context *c = NULL;
-    mil_tape *tape = NULL;
-    CHECK(mil_context_create(&c, NULL) == MIL_OK && mil_tape_create(c, &tape) == MIL_OK);
+    mil_tape *t = NULL;
+    CHECK(mil_context_create(&c, NULL) == MIL_OK && mil_tape_create(c, &t) == MIL_OK);
     for (int k = 0; k < 3; k++) {
-        mil_tape_reset(tape);
-        CHECK(mil_bce_with_logits(mil_constant(tape, 1, &counts[k][0], 1), mil_constant(tape, 1, &counts[k][1], 1), 1) == NULL);
-        CHECK(mil_tape_status(tape) == MIL_ERROR_SHAPE);
+        mil_tape_reset(t);
+        CHECK(mil_bce_with_logits(mil_constant(t, 1, &counts[k][0], 1), mil_constant(t, 1, &counts[k][1], 1), 1) == NULL);
+        CHECK(mil_tape_status(t) == MIL_ERROR_SHAPE);
         CHECK_CONTAINS(mil_error(c), "binary cross-entropy: targets [");
     }
-    mil_tape_free(tape);
+    mil_tape_free(t);
     mil_context_free(c);
 }
 
