@@ -12,7 +12,7 @@ n=0
 for data in ../*.gcda; do
     [ -f "$data" ] || continue
     n=$((n + 1))
-    mkdir $n && ln -s "$top/mil.h" $n/mil.h              # gcov looks for the source where it stands
+    mkdir $n && ln -s "$top/mil.h" "$top/tests" $n/        # gcov looks for the source where it stands, and there as tests/../mil.h
     (cd $n && $gcov -b -c -o ../.. "../$data" > /dev/null 2>&1)
 done
 find . -name 'mil.h.gcov' > list.txt

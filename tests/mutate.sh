@@ -140,7 +140,7 @@ awk -v mutants="$mutants" -v seed="$seed" -v places="$dir/compiled.txt" '
         from[13] = " 0"; to[13] = " 1"; from[14] = " 1"; to[14] = " 0"; from[15] = " += "; to[15] = " -= "; kinds = 15 }
     /^#if .*MIL_IMPLEMENTATION/ { inside = 1 }
     !inside || !(NR in compiled) { next }
-    /^ *#/ || /\\$/ || /^ *\/\// || /^(MIL_DEF|MILI_FN|static|typedef)/ { next }
+    /MIL_ASSERT\(|MILI_PREFETCH/ || /^ *#/ || /\\$/ || /^ *\/\// || /^(MIL_DEF|MILI_FN|static|typedef)/ { next }
     {
         code = $0
         sub(/ *\/\/.*/, "", code)

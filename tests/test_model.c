@@ -528,8 +528,9 @@ TEST(files_without_a_classifier_open_with_a_fresh_one)         // as FEATHER's a
         CHECK_STRING(mil_model_metadata(c, "mil.head"), "fresh");
         mil_model_free(c);
     }
-    static const char *const wrong[] = { "{\"gate\": 1, \"width\": 8}", "{\"model_type\": \"resnet\"}", "{", "[1]", "{\"model_type\": 4}" };
-    for (int k = 0; k < 5; k++) {
+    static const char *const wrong[] = { "{\"gate\": 1, \"width\": 8}", "{\"model_type\": \"resnet\"}", "{", "[1]", "{\"model_type\": 4}",
+                                         "{\"in_dim\": 6, \"\": 1}", "{\"in_dim\": 6, \"torch_dtype dtype\": 1}" };
+    for (int k = 0; k < (int)(sizeof wrong / sizeof *wrong); k++) {
         CHECK(mil_file_write(ctx, path_of("config.json"), wrong[k], strlen(wrong[k])) == MIL_OK);
         if (!CHECK(mil_open(ctx, path_of("model.safetensors")) == NULL && mil_error(ctx)[0])) puts(wrong[k]);
     }
