@@ -37,7 +37,7 @@ int main(int argc, char **argv)
     return y[0] > 0;
 }
 END
-least='-DMIL_NO_STDIO -DMIL_NO_THREADS -DMIL_NO_TRAINING -DMIL_NO_METRICS'
+least='-DMIL_NO_STDIO -DMIL_NO_THREADS -DMIL_NO_BF16 -DMIL_NO_TRAINING -DMIL_NO_METRICS'
 one='-DMIL_ONLY_MODELS -DMIL_MODEL_ABMIL'
 os='-std=c99 -Os -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables -fno-pie -no-pie -I.'
 text() { $CC $os "$@" 2> "$dir/out.txt" && size "$dir/size.out" | awk 'NR == 2 { print $1 }'; }
