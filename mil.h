@@ -324,7 +324,8 @@ MIL_API mil_node *mil_use(mil_tape *tape, mil_param *param);                    
 MIL_API mil_status mil_input_set(mil_node *input, const void *data);
 
 MIL_API void mil_node_keep(mil_node *node);                    // its value can be read after the run. NULL is fine
-MIL_API mil_status mil_node_read(mil_node *node, void *dst, int64_t count);   // copies a kept value of `count` elements: int64_t where its dtype is MIL_I64, else mil_real
+// Copies a kept value of `count` elements: int64_t where its dtype is MIL_I64, else mil_real, to which an input is converted.
+MIL_API mil_status mil_node_read(mil_node *node, void *dst, int64_t count);
 
 MIL_API mil_status mil_tape_status(const mil_tape *tape);      // MIL_OK or the first recording error, whose sentence is then in mil_error, too
 MIL_API const char *mil_tape_error(const mil_tape *tape);      // the sentence of the first recording error, "" when there is none
@@ -676,7 +677,9 @@ struct mil_param {
 MIL_API int64_t    mil_model_param_count(const mil_model *model);
 MIL_API mil_param *mil_model_param(const mil_model *model, int64_t i);
 MIL_API mil_param *mil_model_find(const mil_model *model, const char *key);         // with or without prefix; NULL when absent
-// Copies a parameter's value out or in; count must be param->count. Writing counts as a change.
+// Copies a parameter's value out or in; count must be param->count. Writing counts as a change. Errors: MIL_ERROR_ARGUMENT (NULL,
+// another count, a buffer that is not of mil_real); MIL_ERROR_STATE when writing while a trainer's averaged weights are swapped in,
+// as for mil_model_init.
 MIL_API mil_status mil_param_read(const mil_param *param, mil_real *dst, int64_t count);
 MIL_API mil_status mil_param_write(mil_param *param, const mil_real *src, int64_t count);
 MIL_API void mil_param_freeze(mil_param *param, int on);
@@ -744,7 +747,7 @@ typedef struct mil_named_tensor { const char *name; mil_tensor tensor; } mil_nam
 typedef struct mil_bag {
     mil_tensor features;                                  // [N, D] or [B, N, D], any dtype, rows may be strided
     mil_tensor coords;                                    // [N, 2] or [B, N, 2], patch positions; data NULL: none
-    mil_tensor mask;                                      // [N] or [B, N], 1 = a real instance; data NULL: all are
+    mil_tensor mask;                                      // [N] or [B, N], 0 = padding, any other number a real instance; data NULL: all are real
     const mil_named_tensor *extra;                        // whatever else a model asks for by name: "adj_index", ...
     int        extra_count;
 } mil_bag;
@@ -871,7 +874,8 @@ MIL_API mil_status mil_scorer_read_f64(mil_scorer *scorer, mil_result result, do
 
 // Checks that this build computes on this machine what it should: the weights of a small abmil from their seed, its logits
 // for a known bag against stored ones and against a plain loop in double, a stream against the whole bag (same bits), a file
-// in memory written and read again (same bits). Call it at start-up; it takes a few milliseconds and about 1 MB for the time.
+// in memory written and read again (same bits). Logits agree to 2e-5, in a context of MIL_PRECISION_BF16 to 2e-2.
+// Call it at start-up; it takes a few milliseconds and about 1 MB for the time.
 // Errors: MIL_ERROR_NUMERIC (the sentence names the check), MIL_ERROR_NO_MEMORY, MIL_ERROR_UNKNOWN when abmil was left out.
 MIL_API mil_status mil_selftest(mil_context *ctx);
 
@@ -896,7 +900,7 @@ MIL_API mil_node *mil_bce_with_logits(mil_node *logits, mil_node *targets, doubl
     X(BOOL,   nesterov,        "false",    NULL,   "sgd: look ahead along the momentum")                                        \
     X(REAL,   beta1,           "0.9",      "0..1", "adam, adamw, radam: decay of the gradient's mean")                          \
     X(REAL,   beta2,           "0.999",    "0..1", "adam, adamw, radam: decay of its mean square")                              \
-    X(REAL,   eps,             "0.00000001", "0..", "adam, adamw, radam: added to the root of the mean square")                 \
+    X(REAL,   eps,             "0.00000001", "0..", "adam, adamw, radam: added to the root of the mean square; above 0")        \
     X(BOOL,   lookahead,       "false",    NULL,   "slow weights that follow the optimizer's (Zhang et al. 2019)")              \
     X(INT,    lookahead_k,     "6",        "1..",  "updates between two moves of the slow weights")                             \
     X(REAL,   lookahead_alpha, "0.5",      "0..1", "how far they move")                                                         \
@@ -949,7 +953,7 @@ MIL_API mil_status mil_trainer_flush(mil_trainer *trainer);
 MIL_API int64_t mil_trainer_steps(const mil_trainer *trainer);                              // updates so far
 MIL_API double  mil_trainer_lr(const mil_trainer *trainer);                                 // rate of the next update
 MIL_API double  mil_trainer_grad_norm(const mil_trainer *trainer);                          // gradient's length at the last update, before clip_norm
-MIL_API void    mil_trainer_scale_lr(mil_trainer *trainer, double factor);                  // multiplies the schedule from now on
+MIL_API void    mil_trainer_scale_lr(mil_trainer *trainer, double factor);                  // multiplies the schedule from now on; nothing when negative or not finite
 MIL_API void    mil_trainer_seed(mil_trainer *trainer, uint64_t seed);                      // of dropout and other draws
 // The tape of the last step, for memory queries and options. To supply draws: mil_tape_reset, mil_tape_draw, then the step.
 MIL_API mil_tape *mil_trainer_tape(mil_trainer *trainer);
@@ -1012,7 +1016,8 @@ typedef enum mil_metric {
 typedef struct mil_metrics {
     int64_t count;                                        // n
     int64_t class_count;                                  // C, 2 when one column was given
-    int64_t absent_count;                                 // classes without a bag: left out of balanced accuracy, AUROC and average precision, and, when not predicted either, of the others
+    int64_t absent_count;                                 // classes without a bag: balanced accuracy, AUROC and average precision leave
+                                                          // them out, the other averages those that are not predicted either
 #define MIL_X(NAME, member, sign, meaning) double member;
     MIL_METRIC_LIST(MIL_X)
 #undef MIL_X
@@ -1051,8 +1056,8 @@ typedef enum mil_average { MIL_AVERAGE_MACRO, MIL_AVERAGE_WEIGHTED } mil_average
 
 // With tp, fp, fn, tn of class c against the rest:
 //   precision tp / (tp + fp)    recall tp / (tp + fn)    specificity tn / (tn + fp)    F1 2 tp / (2 tp + fp + fn)
-// A quotient with denominator 0 is 0, and NaN for a class neither seen nor predicted. The mean leaves out classes with tp + fp + fn = 0 (neither seen nor predicted), as
-// torchmetrics and scikit-learn do. per_class [C], NULL when not wanted, receives each class's value (NaN for one left out).
+// A quotient with denominator 0 is 0. The mean leaves out classes with tp + fp + fn = 0 (neither seen nor predicted), as
+// torchmetrics and scikit-learn do: such a class's value is NaN. per_class [C], NULL when not wanted, receives each class's value.
 MIL_API mil_status mil_metric_precision(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
                                         double *per_class, double *value);
 MIL_API mil_status mil_metric_recall(mil_context *ctx, const int64_t *confusion, int64_t C, mil_average average,
@@ -4603,8 +4608,8 @@ MILI_INLINE size_t mili_times(size_t a, size_t b)
 typedef struct mili_gap { size_t begin, end; } mili_gap;    // free memory
 
 // The many small spans of a tape with thousands of nodes, above `base`: step by step, each into the tightest gap that is free
-// then. A span looks at the free gaps, of which there are few as a rule,
-// instead of at all that live at the same time. `list` is sorted by size.
+// then. A span looks at the free gaps, of which there are few as a rule, instead of at all that live at the same time. `list` is
+// sorted by size.
 MILI_FN size_t mili_pack_in_turn(mil_tape *tape, const mili_span *span, const int *list, int count, size_t base)
 {
     int steps = 0, gaps = 0, ended = 0;
@@ -13496,6 +13501,10 @@ MILI_FN int64_t mili_bag_not_finite(const mil_context *ctx, const mil_bag *bag)
         if (mask.data) {
             mili_convert(K, part, (const char *)mask.data + r / N * mask_stride[0] + r % N * mask_stride[1], mask.dtype, 1);
             if (part[0] == 0) continue;
+        }
+        if (x.dtype == MIL_REAL_DTYPE && stride[2] == width && (uintptr_t)at % sizeof(mil_real) == 0) {        // where it stands
+            if (!K->finite((const mil_real *)(const void *)at, D)) return r;
+            continue;
         }
         for (int64_t c = 0; c < D; c += MILI_COUNT(part)) {
             const int64_t n = MILI_MIN(D - c, MILI_COUNT(part));

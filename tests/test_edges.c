@@ -24,6 +24,7 @@ TEST(questions_about_nothing_have_harmless_answers)
     CHECK_STRING(mil_error(NULL), "no context");
     CHECK(mil_error_status(NULL) == MIL_ERROR_ARGUMENT && mil_context_bytes(NULL) == 0 && mil_context_peak_bytes(NULL) == 0);
     CHECK(mil_context_threads(NULL) == 0 && mil_context_fallbacks(NULL) == 0 && mil_context_precision(NULL) == MIL_PRECISION_FULL);
+    CHECK(mil_metric_kappa(NULL, NULL, 2, MIL_KAPPA_UNWEIGHTED, NULL) == MIL_ERROR_ARGUMENT);
     mil_error_clear(NULL);
     CHECK(mil_register(NULL, NULL) == MIL_ERROR_ARGUMENT);
     CHECK(!mil_open(NULL, "x") && !mil_open_memory(NULL, "x", 1) && !mil_create(NULL, "abmil", NULL));

@@ -1313,6 +1313,15 @@ TEST(one_logit_gives_the_sigmoid)
     CHECK(mil_scorer_read(s, MIL_LOGITS, &x, 1) == MIL_OK && mil_scorer_read(s, MIL_PROBABILITIES, &p, 1) == MIL_OK);
     CHECK_NEAR(p, 1 / (1 + exp(-(double)x)), 1e-6);
     CHECK_STRING(mil_result_name(MIL_PROBABILITIES), "probabilities");
+
+    static const int64_t shape[3] = { 2, 20, D };          // two bags: each its own
+    mil_real both[2], probability[2];
+    mil_bag two;
+    memset(&two, 0, sizeof two);
+    two.features = mil_tensor_make(bag, MIL_REAL_DTYPE, 3, shape);
+    CHECK(mil_scorer_score(s, &two) == MIL_OK && mil_scorer_read(s, MIL_LOGITS, both, 2) == MIL_OK && mil_scorer_read(s, MIL_PROBABILITIES, probability, 2) == MIL_OK);
+    CHECK(both[0] != both[1]);
+    for (int b = 0; b < 2; b++) CHECK_NEAR(probability[b], 1 / (1 + exp(-(double)both[b])), 1e-6);
     mil_scorer_free(s);
     end();
 }
