@@ -112,8 +112,9 @@ msan: ## the tests under the memory sanitizer (clang)
 	@$(MAKE) test CONFIG=msan CC=$(FUZZ_CC) VARIANTS=float ONLY="$(if $(ONLY),$(ONLY),files hostile failures loss metrics ops scorer selftest tape threads train)"
 
 # ---- trust: each answers one question of somebody who builds a device with mil.h; the README says what they promise
+failures: export MIL_TEST_ALL := 1
 failures: ## every allocation, read and write made to fail in turn
-	@$(MAKE) test ONLY="failures files scorer tape train"
+	@$(MAKE) test ONLY="failures files model scorer selftest tape train"
 
 hostile: ## malformed files, options and checkpoints, rule by rule, and what the fuzzers found
 	@$(MAKE) test ONLY="hostile files fuzz" VARIANTS=float

@@ -2000,6 +2000,9 @@ MILI_FN int mili_reserve(mil_context *ctx, void **array, int64_t *capacity, int6
 typedef struct mili_chunk { struct mili_chunk *next; size_t size, used; } mili_chunk;
 typedef struct mili_arena { mili_chunk *first, *current; } mili_arena;
 #define MILI_CHUNK_HEAD 64
+#ifndef MILI_FIRST_CHUNK
+#define MILI_FIRST_CHUNK 16384                             // bytes. With 0 each piece is a chunk, so that tests can make each piece fail
+#endif
 
 MILI_FN void *mili_arena_alloc(mil_context *ctx, mili_arena *arena, size_t bytes)
 {
@@ -2012,7 +2015,7 @@ MILI_FN void *mili_arena_alloc(mil_context *ctx, mili_arena *arena, size_t bytes
             return memset(p, 0, bytes);
         }
     }
-    const size_t size = MILI_MAX(bytes, arena->current ? arena->current->size * 2 : 16384);
+    const size_t size = MILI_FIRST_CHUNK ? MILI_MAX(bytes, arena->current ? arena->current->size * 2 : MILI_FIRST_CHUNK) : bytes;
     mili_chunk *c = (mili_chunk *)mili_alloc(ctx, MILI_CHUNK_HEAD + size);
     if (!c) return NULL;
     c->next = NULL;
@@ -9469,6 +9472,7 @@ MIL_DEF mil_node *mil_nystrom_forward(const mil_nystrom_layer *layer, mil_node *
     if (!x || !layer->qkv) return NULL;
     if (x->rank != 3 || x->shape[2] != o->in_dim || x->shape[1] < 1)
         return mil_tape_fail(x->tape, MIL_ERROR_SHAPE, "nystrom attention: x %s, needs [B, n, %lld]", MILI_SHAPE(x), (long long)o->in_dim);
+    mil_tape *tape = x->tape;
     const int64_t n = x->shape[1], H = o->heads, m = o->landmarks, padding = (m - n % m) % m, l = (n + padding) / m;
     const double scale = 1 / sqrt((double)o->head_dim);
     const int padless = !layer->qkv_bias && !mask;         // a zero row then gives zeros, and need not exist
@@ -9506,7 +9510,7 @@ MIL_DEF mil_node *mil_nystrom_forward(const mil_nystrom_layer *layer, mil_node *
             k = mil_mul(k, real);
             v = mil_mul(v, real);
             mil_node *count = mil_affine(mil_run_mean(real, m, 0), (double)l, 0);              // [B, m, 1] existing rows of each run
-            mil_node *share = mil_div(mil_constant(x->tape, 0, NULL, (double)l), mil_affine(count, 1, 1e-8));
+            mil_node *share = mil_div(mil_constant(tape, 0, NULL, (double)l), mil_affine(count, 1, 1e-8));
             q_marks = mil_mul(mil_run_mean(q, m, 0), share);
             k_marks = mil_mul(mil_run_mean(k, m, 0), share);
             shape[1] = m;
@@ -9537,7 +9541,7 @@ MIL_DEF mil_node *mil_nystrom_forward(const mil_nystrom_layer *layer, mil_node *
     if (layer->conv) {
         mil_node *nearest = v;                                // the rows that the wanted ones can see
         if (padless && rows + o->taps < n) nearest = mili_stacked_linear(mili_first_rows(whole, rows + o->taps), layer->qkv, NULL, 2, 3);
-        mil_node *c = mil_conv_rows(nearest, mil_use(x->tape, layer->conv), NULL, o->taps / 2);
+        mil_node *c = mil_conv_rows(nearest, mil_use(tape, layer->conv), NULL, o->taps / 2);
         if (padless) c = mil_slice(c, 1, 0, rows);
         y = mil_add(y, c);
     }
@@ -17692,6 +17696,7 @@ MIL_DEF mil_status mil_cindex_bootstrap(mil_context *ctx, const double *risk, co
 #undef MILI_ENCODERS
 #undef MILI_ENCODER_ROW
 #undef MILI_ERROR_SIZE
+#undef MILI_FIRST_CHUNK
 #undef MILI_FN
 #undef MILI_FOREIGN_BITS
 #undef MILI_FOREIGN_DTYPE_LIST

@@ -1,7 +1,8 @@
 // build: float double
 // Every public call that can allocate, with each of its allocations failing in turn, once and for good: an error and its
 // sentence, nothing leaked, nothing half-changed, and the same call works right after. Tapes, scorers, trainers and files
-// have the same loop in their own tests; here are models, their files, metrics and contexts. Then a disk that is full.
+// have the same loop in their own tests; here are models, their files, metrics and contexts, and every architecture, op and layer
+// while it is recorded, run and trained. Then a disk that is full. test_failures_pieces.c has the same with finer allocations.
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -324,6 +325,324 @@ TEST(allocations_of_each_model)
     CHECK(mem.bytes == 0);
 }
 
+// ---- scoring and training of each model, narrow: wide layers only take longer ----
+enum { ROWS = 16, COLUMNS = 16, WEIGHTS = 1 << 18 };         // of the bag; numbers in a narrow model, at most
+
+static int64_t read_weights(mil_model *m, mil_real *dst)   // parameters and buffers of real numbers
+{
+    int64_t count = 0;
+    for (int64_t i = 0; i < mil_model_param_count(m); i++) {
+        const mil_param *p = mil_model_param(m, i);
+        if (p->dtype != MIL_REAL_DTYPE || !CHECK(count + p->count <= WEIGHTS)) continue;
+        CHECK(mil_param_read(p, dst + count, p->count) == MIL_OK);
+        count += p->count;
+    }
+    return count;
+}
+
+typedef mil_status model_call(mil_model *m, const mil_bag *bag, double out[2]);
+
+static mil_status score_model(mil_model *m, const mil_bag *bag, double out[2])
+{
+    mil_scorer *s = mil_scorer_create(m, NULL);
+    mil_status status = s ? mil_scorer_score(s, bag) : mil_error_status(mil_model_context(m));
+    if (status == MIL_OK) status = mil_scorer_read_f64(s, MIL_LOGITS, out, mil_model_num_classes(m));
+    mil_scorer_free(s);
+    return status;
+}
+
+#ifndef MIL_NO_TRAINING
+static mil_status train_model(mil_model *m, const mil_bag *bag, double out[2])
+{
+    const mil_target target = mil_model_num_classes(m) == 1 ? mil_target_value(1) : mil_target_class(1);
+    mil_trainer *t = mil_trainer_create(m, "optimizer=adamw lr=0.01 seed=7");
+    const mil_status status = t ? mil_trainer_step(t, bag, &target, &out[0], NULL) : mil_error_status(mil_model_context(m));
+    out[1] = t ? mil_trainer_grad_norm(t) : 0;
+    mil_trainer_free(t);
+    return status;
+}
+#endif
+
+// How far apart the allocations are that are made to fail, and the first: all of them where they are few, or with
+// MIL_TEST_ALL in the environment (make failures), else a sample, another one each time.
+enum { FEW = 100 };
+static long stride_of(long calls, long *first)
+{
+    static long round;
+    const long stride = getenv("MIL_TEST_ALL") ? 1 : 1 + calls / FEW;
+    *first = round++ % stride;
+    return stride;
+}
+
+// The allocations of the call, each failing in turn: no memory, nothing leaked, no weight changed; or the answer as ever.
+static void each_allocation_of_model(mil_context *ctx, const char *name, const char *options, model_call *call, const char *what)
+{
+    static mil_real before[WEIGHTS], after[WEIGHTS];
+    float x[ROWS * COLUMNS];
+    uint64_t state = 3;
+    for (int i = 0; i < ROWS * COLUMNS; i++) x[i] = (float)memory_noise(&state);
+    const mil_bag bag = mil_bag_make(x, ROWS, COLUMNS);
+    mil_model *m = mil_create(ctx, name, options);
+    double first[2] = { 0, 0 }, again[2] = { 0, 0 };
+    long calls = mem.calls, refused = 0;
+    if (!CHECK(m && call(m, &bag, first) == MIL_OK)) printf("  %s %s, %s: %s\n", name, options, what, mil_error(ctx));
+    calls = mem.calls - calls;
+    for (int forever = 0; m && forever < 2; forever++) {
+        long n;
+        const long stride = stride_of(calls, &n);
+        for (; n < calls; n += stride) {
+            mil_model_init(m, 0);
+            const int64_t count = read_weights(m, before);
+            const size_t held = mem.bytes;
+            double got[2] = { 0, 0 };
+            mem.fail_at = mem.calls + n;
+            mem.fail_after = forever;
+            const mil_status status = call(m, &bag, got);
+            mem.fail_at = -1;
+            refused += status != MIL_OK;
+            if (status == MIL_OK) CHECK(got[0] == first[0] && got[1] == first[1]);                 // it went without that memory
+            else if (!CHECK(status == MIL_ERROR_NO_MEMORY && mil_error(ctx)[0] && mem.bytes == held &&
+                            read_weights(m, after) == count && memcmp(before, after, (size_t)count * sizeof *before) == 0))
+                printf("  %s %s, %s, allocation %ld%s: %s %s, %ld bytes more\n", name, options, what, n, forever ? " on" : "",
+                       mil_status_name(status), mil_error(ctx), (long)(mem.bytes - held));
+        }
+    }
+    CHECK(refused > 0);
+    if (m) mil_model_init(m, 0);
+    CHECK(m && call(m, &bag, again) == MIL_OK && again[0] == first[0] && again[1] == first[1]);
+    mil_model_free(m);
+}
+
+static void scoring_and_training(mil_context *ctx, const char *name, const char *options)
+{
+    each_allocation_of_model(ctx, name, options, score_model, "scoring");
+#ifndef MIL_NO_TRAINING
+    each_allocation_of_model(ctx, name, options, train_model, "training");
+#endif
+}
+
+// Each architecture with each of its switches and choices turned by itself, then what works only together.
+TEST(allocations_of_scoring_and_training_each_model)
+{
+    static const char *const together[][2] = {
+        { "rrt", "apply_attn=true attn=rrt" }, { "rrt", "apply_attn=true attn=rrt epeg=false ffn=true" }, { "rrt", "apply_pos=true pos=ppeg" },
+        { "rrt", "apply_pos=true pos=peg pos_pos=0 multi_scale=true" }
+    };
+    for (int64_t i = 0; i < mil_architecture_count(); i++) {
+        const mil_architecture *a = mil_architecture_at(i);
+        mil_context *ctx = memory_context(&mem, 1, NULL);
+        char name[128], narrow[1024], options[1280];
+        int at = snprintf(narrow, sizeof narrow, "in_dim=%d", COLUMNS), tried = 0, refused = 0;
+        for (int k = 0; k < a->option_count; k++)
+            if (a->options[k].type == MIL_OPTION_INT && strcmp(a->options[k].name, "in_dim") && atoi(a->options[k].value) > COLUMNS)
+                at += snprintf(narrow + at, sizeof narrow - (size_t)at, " %s=%d", a->options[k].name, COLUMNS);
+        for (int c = 0; c < a->config_count; c++) {
+            snprintf(name, sizeof name, "%s.%s", a->name, a->configs[c].name);
+            scoring_and_training(ctx, name, narrow);
+        }
+        snprintf(name, sizeof name, "%s.%s", a->name, a->configs[0].name);
+        for (int k = 0; k < a->option_count; k++) {
+            const mil_option *o = &a->options[k];
+            const char *choice = o->type == MIL_OPTION_BOOL ? "true|false" : o->type == MIL_OPTION_CHOICE ? o->choices : "";
+            while (*choice) {
+                const int length = (int)strcspn(choice, "|");
+                snprintf(options, sizeof options, "%s %s=%.*s", narrow, o->name, length, choice);
+                if ((int)strlen(o->value) != length || strncmp(o->value, choice, (size_t)length)) {
+                    mil_model *m = mil_create(ctx, name, options);         // some values fit others only
+                    tried++;
+                    if (m) {
+                        mil_model_free(m);
+                        scoring_and_training(ctx, name, options);
+                    } else refused++;
+                }
+                choice += length + (choice[length] == '|');
+            }
+        }
+        CHECK(tried == 0 || refused < tried);
+        for (size_t k = 0; k < sizeof together / sizeof *together; k++) {
+            if (strcmp(together[k][0], a->name)) continue;
+            snprintf(options, sizeof options, "%s %s", narrow, together[k][1]);
+            scoring_and_training(ctx, name, options);
+        }
+        mil_context_free(ctx);
+        CHECK(mem.bytes == 0);
+    }
+}
+
+// ---- a model that records every op and every layer there is ----
+typedef struct { int64_t in_dim, num_classes; } every_config;
+typedef struct {
+    mil_param *token, *mean, *filter, *tap, *map;
+    mil_linear_layer linear, head;
+    mil_norm_layer norm;
+    mil_patch_mlp patch;
+    mil_attention_scorer plain, gated, pool;
+    mil_mlp mlp;
+    mil_mha_layer mha;
+    mil_nystrom_layer nystrom, biased;
+    mil_ppeg_layer ppeg;
+    mil_region_attention region;
+} every_layers;
+
+static void every_declare(mil_builder *b, void *layers, const void *config)
+{
+    every_layers *m = (every_layers *)layers;
+    const int64_t E = COLUMNS, classes = ((const every_config *)config)->num_classes, kernels[2] = { 3, 1 };
+    const int64_t token[3] = { 1, 1, E }, filter[4] = { E, 1, 3, 3 }, tap[3] = { E, 1, 3 }, map[3] = { 2, 1, 3 };
+    const mil_init small = { MIL_INIT_UNIFORM, 0.1 }, zero = { MIL_INIT_CONSTANT, 0 };
+    mil_int_list sizes = { 2, { 12, 8 } };
+    mil_text_list activations = { 2, { "relu", "tanh" } };
+    mil_nystrom_options o = mil_nystrom_options_default(E, 2, 4, 3);
+    m->token = mil_declare(b, small, 3, token, "token");
+    m->mean = mil_declare_buffer(b, MIL_REAL_DTYPE, zero, 1, &E, "mean");
+    m->filter = mil_declare(b, small, 4, filter, "filter");
+    m->tap = mil_declare(b, small, 3, tap, "tap");
+    m->map = mil_declare(b, small, 3, map, "map");
+    mil_declare_push(b, "layers");
+    m->linear = mil_declare_linear(b, E, E, 1, MIL_LINEAR_TORCH, "linear");
+    m->norm = mil_declare_layer_norm(b, E, 1e-5, "norm");
+    m->patch = mil_declare_patch_mlp(b, E, E, 2, 0.25, "patch");
+    m->plain = mil_declare_attention_scorer(b, E, 4, 1, 0, 0.25, "plain");
+    m->gated = mil_declare_attention_scorer(b, E, 4, 2, 1, 0.25, "gated");
+    m->pool = mil_declare_attention_pool(b, E, 4, MIL_ACT_GELU, 1, "pool");
+    mil_declare_mlp(b, E, &sizes, &activations, &m->mlp, "mlp");
+    m->mha = mil_declare_mha(b, E, 2, 0.1, MIL_LINEAR_XAVIER, "mha");
+    m->nystrom = mil_declare_nystrom(b, &o, "nystrom");
+    o.qkv_bias = 1;
+    o.per_matrix = 1;
+    m->biased = mil_declare_nystrom(b, &o, "biased");
+    m->ppeg = mil_declare_ppeg(b, E, kernels, 2, MIL_LINEAR_TORCH, "ppeg");
+    m->region = mil_declare_region_attention(b, E, 2, 4, 1, 3, 0.1, MIL_LINEAR_TORCH, "region");
+    mil_declare_pop(b);
+    m->head = mil_declare_linear(b, E, classes, 1, MIL_LINEAR_TORCH, "classifier");
+    mil_declare_alias(b, m->head.weight, "head");
+}
+
+// The sum of all elements, squared and small, so that every op has a gradient that counts.
+static void count_in(mil_node **sum, mil_node *x)
+{
+    x = mil_affine(mil_sum_all(mil_square(mil_affine(x, 1, 0.5))), 1e-3, 0);
+    *sum = *sum ? mil_add(*sum, x) : x;
+}
+
+static void every_forward(const void *layers, const void *config, const mil_inputs *in, mil_outputs *out)
+{
+    const every_layers *m = (const every_layers *)layers;
+    mil_tape *tape = in->tape;
+    const int64_t E = COLUMNS, N = in->features->shape[1], before = (4 - N % 4) % 4;
+    const int64_t column[3] = { 1, N, 1 }, full[3] = { 1, N, E }, flat[2] = { N, E }, grid[4] = { 1, N, 1, E }, one[2] = { 1, 1 }, row[3] = { 1, 1, E };
+    const int axes[3] = { 0, 2, 1 };
+    int64_t side = 3;                                      // of a square of at least N tokens
+    while (side * side < N) side += 3;
+    mil_node *x = mil_linear_forward(&m->linear, in->features), *sum = NULL, *attention = NULL;
+    mil_node *positive = mil_affine(mil_sigmoid(x), 1, 0.1), *token = mil_use(tape, m->token);
+#define UNARY(name, text) count_in(&sum, mil_##name(positive));
+    MIL_UNARY_LIST(UNARY)
+#undef UNARY
+    for (int act = 0; act < MIL_ACT_COUNT; act++) count_in(&sum, mil_activate(x, (mil_activation)act));
+    mil_node *two[2] = { x, positive };
+    count_in(&sum, mil_leaky_relu(x, 0.2));
+    count_in(&sum, mil_clamp(x, -0.5, 0.5));
+    count_in(&sum, mil_sub(x, token));
+    count_in(&sum, mil_div(x, positive));
+    count_in(&sum, mil_maximum(x, token));
+    count_in(&sum, mil_minimum(x, token));
+    mil_node *mask = mil_slice(mil_one_hot(mil_random_permutation(tape, "order", N), N), 1, 0, 1);         // [N, 1], one of them
+    mask = mil_reshape(mil_affine(mask, -1, 1), 3, column);                                                // all but one
+    count_in(&sum, mil_mask_fill(x, mask, 0.25));
+    count_in(&sum, mil_permute(x, axes));
+    count_in(&sum, mil_transpose(x));
+    count_in(&sum, mil_concat(two, 2, 1));
+    count_in(&sum, mil_slice(x, 1, 2, 5));
+    count_in(&sum, mil_pad(x, 1, 1, 2));
+    count_in(&sum, mil_broadcast(token, 3, full));
+    count_in(&sum, mil_sum_to(x, 3, row));
+    count_in(&sum, mil_detach(x));
+    count_in(&sum, mil_sum(x, 1));
+    count_in(&sum, mil_mean(x, -1));
+    count_in(&sum, mil_max(x, 1));
+    count_in(&sum, mil_min(x, -1));
+    count_in(&sum, mil_logsumexp(x, 1));
+    count_in(&sum, mil_one_hot(mil_argmax(x, 1), N));
+    count_in(&sum, mil_softmax(x, 1));
+    count_in(&sum, mil_softmax(x, -1));
+    count_in(&sum, mil_log_softmax(x, -1));
+    count_in(&sum, mil_matmul(x, mil_transpose(positive)));
+    count_in(&sum, mil_matmul_t(x, positive, 1, 0));
+    count_in(&sum, mil_linear(x, mil_use(tape, m->linear.weight), NULL));
+    count_in(&sum, mil_layer_norm(x, NULL, NULL, 1e-5));
+    mil_node *index = mil_squeeze(mil_squeeze(mil_topk(mil_sum(x, -1), 3, 1, 1), 0), 1);                   // [3]
+    count_in(&sum, mil_gather(x, index, 1));
+    count_in(&sum, mil_scatter_add(mil_gather(x, index, 1), index, 1, N));
+    count_in(&sum, mil_one_hot(mil_argsort(mil_slice(x, -1, 0, 1), 1, 1), N));
+    count_in(&sum, mil_gather_rows(x, mil_nearest(x, positive, 2)));
+    count_in(&sum, mil_mul(x, mil_random_uniform(tape, "uniform", 3, full)));
+    count_in(&sum, mil_mul(x, mil_random_normal(tape, "normal", 3, full)));
+    count_in(&sum, mil_dropout(x, 0.5, "drop"));
+    count_in(&sum, mil_drop_path(x, 0.5, "path"));
+    mil_node *narrow = mil_slice(x, 1, 0, 3);
+    count_in(&sum, mil_attention(x, positive, x, 2, 0, mil_squeeze(mask, 2), 0.1, "attention"));           // queries stream
+    count_in(&sum, mil_attention(narrow, positive, x, 2, 0, NULL, 0, NULL));                               // keys stream
+    count_in(&sum, mil_run_mean(x, 4, before));
+    mil_node *square = mil_affine(mil_matmul_t(narrow, narrow, 0, 1), 0.1, 0);
+    count_in(&sum, mil_pseudo_inverse(mil_softmax(mil_identity_minus(square, 2), -1), 2, 0));
+    count_in(&sum, mil_conv_grid(mil_reshape(x, 4, grid), mil_use(tape, m->filter), NULL));
+    count_in(&sum, mil_conv_tokens(x, mil_use(tape, m->filter), NULL, 1, N - 1));
+    count_in(&sum, mil_conv_rows(x, mil_use(tape, m->tap), NULL, 2));
+    const int64_t maps[4] = { 1, 2, N, E / 2 };
+    count_in(&sum, mil_conv_maps(mil_reshape(x, 4, maps), mil_use(tape, m->map), NULL, 1));
+#ifndef MIL_NO_TRAINING
+    mil_node *none = mil_argsort(mil_slice(mil_reshape(x, 2, flat), 1, 0, 1), 1, 0);                       // [N, 1] of zeros
+    count_in(&sum, mil_smooth_svm(mil_reshape(x, 2, flat), mil_squeeze(none, 1), 1, 1));
+    count_in(&sum, mil_cross_entropy(mil_reshape(x, 2, flat), mil_squeeze(none, 1), NULL, 0.1));
+    count_in(&sum, mil_bce_with_logits(x, mil_detach(mil_sigmoid(positive)), 2));
+#endif
+
+    count_in(&sum, mil_layer_norm_forward(&m->norm, x));
+    count_in(&sum, mil_patch_mlp_forward(&m->patch, x));
+    count_in(&sum, mil_attention_scores(&m->gated, x));
+    count_in(&sum, mil_attention_scores(&m->pool, x));
+    count_in(&sum, mil_mlp_forward(&m->mlp, x));
+    count_in(&sum, mil_mha_forward(&m->mha, x, x, x, mil_squeeze(mask, 2), &attention));
+    mil_nystrom_parts parts;
+    count_in(&sum, mil_nystrom_forward(&m->nystrom, x, NULL, -1, &parts));
+    mil_output(out, "nystrom", mil_nystrom_weights(&m->nystrom, &parts, 1));
+    count_in(&sum, mil_nystrom_forward(&m->nystrom, x, NULL, 2, NULL));
+    count_in(&sum, mil_nystrom_forward(&m->biased, x, mil_squeeze(mask, 2), -1, NULL));
+    count_in(&sum, mil_nystrom_forward(&m->biased, x, NULL, 1, NULL));
+    count_in(&sum, mil_ppeg_forward(&m->ppeg, x, 1, N - 1));
+    mil_node *regions = mil_regions_split(x, side, 3);
+    count_in(&sum, mil_regions_join(mil_region_attention_forward(&m->region, regions), 1, side, 3, N));
+    if (mil_tape_is_training(tape)) mil_update(m->mean, mil_reshape(mil_mean(x, 1), 1, &E));
+
+    mil_node *a = mil_attention_scores(&m->plain, x);                                                      // [1, N, 1]
+    out->attention = mil_attention_weights(attention, 0, N);
+    out->attention_weights = mil_softmax(a, 1);
+    out->slide_feats = mil_squeeze(mil_softmax_pool(a, x), 1);
+    out->logits = mil_add(mil_linear_forward(&m->head, out->slide_feats), mil_reshape(sum, 2, one));
+#ifndef MIL_NO_TRAINING
+    if (in->target) out->loss = mil_add(mil_loss_node(out->logits, in->target), sum);
+#endif
+    (void)config;
+}
+
+TEST(allocations_of_every_op_and_layer)
+{
+    static const mil_option options[] = {
+        { "in_dim", MIL_OPTION_INT, offsetof(every_config, in_dim), "16", NULL, "columns" },
+        { "num_classes", MIL_OPTION_INT, offsetof(every_config, num_classes), "2", NULL, "classes" }
+    };
+    static const mil_config configs[] = { { "base", "" } };
+    static const mil_architecture every = {
+        "every", "every op", "", "", options, 2, sizeof(every_config), configs, 1, sizeof(every_layers), "classifier", 0, every_declare, every_forward
+    };
+    mil_context *ctx = memory_context(&mem, 1, NULL);
+    CHECK(mil_register(ctx, &every) == MIL_OK);
+    scoring_and_training(ctx, "every", "in_dim=16");
+    mil_context_free(ctx);
+    CHECK(mem.bytes == 0);
+}
+
 // A limit on the size of files stands for a full disk: writes come back short, then fail.
 TEST(a_full_disk_leaves_the_old_file)
 {
@@ -360,6 +679,7 @@ TEST(a_full_disk_leaves_the_old_file)
     T(allocations_of_load) T(allocations_of_save_memory) T(allocations_of_save) T(allocations_of_names) T(allocations_of_metadata) \
     T(allocations_of_score) T(allocations_of_masked) T(allocations_of_train_state) T(allocations_of_metrics) \
     T(allocations_of_bootstrap) T(allocations_of_rank) T(allocations_of_a_context) T(allocations_of_each_model) \
+    T(allocations_of_scoring_and_training_each_model) T(allocations_of_every_op_and_layer) \
     T(a_full_disk_leaves_the_old_file)
 
 int main(int argc, char **argv)
