@@ -325,7 +325,7 @@ TEST(allocations_of_each_model)
     CHECK(mem.bytes == 0);
 }
 
-// ---- scoring and training of each model, narrow: wide layers only take longer ----
+// ---- scoring, streaming and training with each model, narrow: wide layers only take longer ----
 enum { ROWS = 16, COLUMNS = 16, WEIGHTS = 1 << 18 };         // of the bag; numbers in a narrow model, at most
 
 static int64_t read_weights(mil_model *m, mil_real *dst)   // parameters and buffers of real numbers
@@ -346,6 +346,18 @@ static mil_status score_model(mil_model *m, const mil_bag *bag, double out[2])
 {
     mil_scorer *s = mil_scorer_create(m, NULL);
     mil_status status = s ? mil_scorer_score(s, bag) : mil_error_status(mil_model_context(m));
+    if (status == MIL_OK) status = mil_scorer_read_f64(s, MIL_LOGITS, out, mil_model_num_classes(m));
+    mil_scorer_free(s);
+    return status;
+}
+
+static mil_status stream_model(mil_model *m, const mil_bag *bag, double out[2])
+{
+    const float *x = (const float *)bag->features.data;
+    mil_scorer *s = mil_scorer_create(m, NULL);
+    mil_status status = s ? MIL_OK : mil_error_status(mil_model_context(m));
+    for (int row = 0, rows = 3; status == MIL_OK && row < ROWS; row += rows, rows = rows < ROWS - row ? rows : ROWS - row)
+        status = mil_scorer_push(s, x + row * COLUMNS, rows, COLUMNS * sizeof *x, MIL_F32);
     if (status == MIL_OK) status = mil_scorer_read_f64(s, MIL_LOGITS, out, mil_model_num_classes(m));
     mil_scorer_free(s);
     return status;
@@ -375,13 +387,16 @@ static long stride_of(long calls, long *first)
 }
 
 // The allocations of the call, each failing in turn: no memory, nothing leaked, no weight changed; or the answer as ever.
-static void each_allocation_of_model(mil_context *ctx, const char *name, const char *options, model_call *call, const char *what)
+static void each_allocation_of_model(mil_context *ctx, const char *name, const char *options, model_call *call, int masked, const char *what)
 {
     static mil_real before[WEIGHTS], after[WEIGHTS];
     float x[ROWS * COLUMNS];
     uint64_t state = 3;
     for (int i = 0; i < ROWS * COLUMNS; i++) x[i] = (float)memory_noise(&state);
-    const mil_bag bag = mil_bag_make(x, ROWS, COLUMNS);
+    const unsigned char mask[ROWS] = { 1, 1, 0, 1, 0, 1, 1 };
+    const int64_t rows = ROWS;
+    mil_bag bag = mil_bag_make(x, ROWS, COLUMNS);
+    if (masked) bag.mask = mil_tensor_make(mask, MIL_BOOL, 1, &rows);
     mil_model *m = mil_create(ctx, name, options);
     double first[2] = { 0, 0 }, again[2] = { 0, 0 };
     long calls = mem.calls, refused = 0;
@@ -413,16 +428,26 @@ static void each_allocation_of_model(mil_context *ctx, const char *name, const c
     mil_model_free(m);
 }
 
-static void scoring_and_training(mil_context *ctx, const char *name, const char *options)
+static void each_allocation_of_using(mil_context *ctx, const char *name, const char *options)
 {
-    each_allocation_of_model(ctx, name, options, score_model, "scoring");
+    mil_model *m = mil_create(ctx, name, options);
+    mil_scorer *s = m ? mil_scorer_create(m, NULL) : NULL;
+    float x[COLUMNS] = { 0 };
+    const int streams = s && mil_scorer_push(s, x, 1, sizeof x, MIL_F32) == MIL_OK;
+    const int masks = m && (mil_model_architecture(m)->flags & MIL_MODEL_MASK);
+    mil_scorer_free(s);
+    mil_model_free(m);
+    if (streams) each_allocation_of_model(ctx, name, options, stream_model, 0, "streaming");
+    for (int masked = 0; masked <= masks; masked++) {
+        each_allocation_of_model(ctx, name, options, score_model, masked, "scoring");
 #ifndef MIL_NO_TRAINING
-    each_allocation_of_model(ctx, name, options, train_model, "training");
+        each_allocation_of_model(ctx, name, options, train_model, masked, "training");
 #endif
+    }
 }
 
 // Each architecture with each of its switches and choices turned by itself, then what works only together.
-TEST(allocations_of_scoring_and_training_each_model)
+TEST(allocations_of_using_each_model)
 {
     static const char *const together[][2] = {
         { "rrt", "apply_attn=true attn=rrt" }, { "rrt", "apply_attn=true attn=rrt epeg=false ffn=true" }, { "rrt", "apply_pos=true pos=ppeg" },
@@ -438,7 +463,7 @@ TEST(allocations_of_scoring_and_training_each_model)
                 at += snprintf(narrow + at, sizeof narrow - (size_t)at, " %s=%d", a->options[k].name, COLUMNS);
         for (int c = 0; c < a->config_count; c++) {
             snprintf(name, sizeof name, "%s.%s", a->name, a->configs[c].name);
-            scoring_and_training(ctx, name, narrow);
+            each_allocation_of_using(ctx, name, narrow);
         }
         snprintf(name, sizeof name, "%s.%s", a->name, a->configs[0].name);
         for (int k = 0; k < a->option_count; k++) {
@@ -452,7 +477,7 @@ TEST(allocations_of_scoring_and_training_each_model)
                     tried++;
                     if (m) {
                         mil_model_free(m);
-                        scoring_and_training(ctx, name, options);
+                        each_allocation_of_using(ctx, name, options);
                     } else refused++;
                 }
                 choice += length + (choice[length] == '|');
@@ -462,7 +487,7 @@ TEST(allocations_of_scoring_and_training_each_model)
         for (size_t k = 0; k < sizeof together / sizeof *together; k++) {
             if (strcmp(together[k][0], a->name)) continue;
             snprintf(options, sizeof options, "%s %s", narrow, together[k][1]);
-            scoring_and_training(ctx, name, options);
+            each_allocation_of_using(ctx, name, options);
         }
         mil_context_free(ctx);
         CHECK(mem.bytes == 0);
@@ -638,7 +663,7 @@ TEST(allocations_of_every_op_and_layer)
     };
     mil_context *ctx = memory_context(&mem, 1, NULL);
     CHECK(mil_register(ctx, &every) == MIL_OK);
-    scoring_and_training(ctx, "every", "in_dim=16");
+    each_allocation_of_using(ctx, "every", "in_dim=16");
     mil_context_free(ctx);
     CHECK(mem.bytes == 0);
 }
@@ -679,7 +704,7 @@ TEST(a_full_disk_leaves_the_old_file)
     T(allocations_of_load) T(allocations_of_save_memory) T(allocations_of_save) T(allocations_of_names) T(allocations_of_metadata) \
     T(allocations_of_score) T(allocations_of_masked) T(allocations_of_train_state) T(allocations_of_metrics) \
     T(allocations_of_bootstrap) T(allocations_of_rank) T(allocations_of_a_context) T(allocations_of_each_model) \
-    T(allocations_of_scoring_and_training_each_model) T(allocations_of_every_op_and_layer) \
+    T(allocations_of_using_each_model) T(allocations_of_every_op_and_layer) \
     T(a_full_disk_leaves_the_old_file)
 
 int main(int argc, char **argv)
