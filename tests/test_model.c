@@ -569,6 +569,37 @@ TEST(files_without_a_classifier_open_with_a_fresh_one)         // as FEATHER's a
     end();
 }
 
+// Without a model_type the file's tensors say which model it is: all of one, or all but its whole head.
+TEST(a_file_that_lacks_a_tensor_is_no_models)
+{
+    static const char text[] = "{\"in_dim\": 6, \"embed_dim\": 8, \"attn_dim\": 4}";
+    static const char *const names[3] = { "model.patch_embed.0.bias", "model.classifier.bias", NULL };
+    begin();
+    mil_model *a = mil_create(ctx, "abmil", "in_dim=6 embed_dim=8 attn_dim=4");
+    CHECK(mil_file_write(ctx, path_of("config.json"), text, strlen(text)) == MIL_OK);
+    for (int k = 0; k < 3; k++) {
+        state s = state_of(a, "model.");
+        if (names[k]) {                                    // the last takes its place
+            const int64_t gone = find_state(&s, names[k]);
+            s.count--;
+            s.tensor[gone] = s.tensor[s.count];
+            memcpy(s.text[gone], s.text[s.count], sizeof s.text[gone]);
+        }
+        write_state(&s, NULL, 0);
+        CHECK(mil_file_write(ctx, path_of("model.safetensors"), file, file_size) == MIL_OK);
+        mil_model *b = mil_open(ctx, path_of("model.safetensors"));
+        CHECK((b != NULL) == (names[k] == NULL));
+        if (names[k]) CHECK_CONTAINS(mil_error(ctx), "has no model_type, and no model has just its options and the file's tensors");
+        mil_model_free(b);
+    }
+    mil_model_free(a);
+    unlink(path_of("config.json"));
+    unlink(path_of("model.safetensors"));
+    rmdir(folder);
+    folder[0] = 0;
+    end();
+}
+
 // One of the two names is the end of the other, and what is skipped must be found whichever comes first.
 TEST(a_config_with_dtype_and_torch_dtype_opens)
 {
@@ -948,7 +979,7 @@ TESTS(
     T(files_that_do_not_fit_are_named_and_change_nothing)
     T(many_missing_names_are_counted)
     T(files_without_a_classifier_open_with_a_fresh_one)
-    T(a_config_with_dtype_and_torch_dtype_opens)
+    T(a_file_that_lacks_a_tensor_is_no_models) T(a_config_with_dtype_and_torch_dtype_opens)
     T(a_new_head_takes_what_both_have)
     T(class_names_and_metadata_are_checked)
     T(metadata_that_is_no_utf8_is_refused_and_the_model_saves)

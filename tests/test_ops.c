@@ -333,7 +333,26 @@ TEST(equal_maxima_take_the_first_and_its_gradient)
     }
 }
 
-TESTS(T(every_case_by_row_groups_with_dead_memory_poisoned) T(every_op_of_the_list_has_a_case) T(every_case_on_results_of_reductions)
+// As torch: the ends are inside.
+TEST(a_clamp_passes_the_gradient_at_its_ends)
+{
+    static const mil_real data[5] = { -2, -1, 0.5, 3, 4 }, inside[5] = { 0, 1, 1, 1, 0 };
+    mil_context *ctx = context_of(MIL_CPU_AUTO, 1);
+    mil_tape *tape = NULL;
+    mil_real g[5];
+    CHECK(mil_tape_create(ctx, &tape) == MIL_OK);
+    const mil_tensor t = mil_tensor_matrix(data, MIL_REAL_DTYPE, 1, 5);
+    mil_node *x = mil_input(tape, "x", &t);
+    mil_node_want_grad(x);
+    mil_tape_backward(tape, mil_sum_all(mil_clamp(x, -1, 3)));
+    mil_node_keep(mil_node_grad(x));
+    CHECK(mil_tape_run(tape) == MIL_OK && mil_node_read(mil_node_grad(x), g, 5) == MIL_OK);
+    CHECK(memcmp(g, inside, sizeof g) == 0);
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+}
+
+TESTS(T(a_clamp_passes_the_gradient_at_its_ends) T(every_case_by_row_groups_with_dead_memory_poisoned) T(every_op_of_the_list_has_a_case) T(every_case_on_results_of_reductions)
       T(every_case_node_by_node) T(every_case_without_sharing_memory)
       T(every_case_by_plain_kernels) T(every_case_by_avx2_kernels)
       T(a_slice_that_is_all_minus_infinity_gives_zeros_or_minus_infinity) T(plus_infinity_wins_a_log_sum_exp)

@@ -878,6 +878,8 @@ TEST(null_arguments_are_no_crash)
     CHECK(mil_tape_create(NULL, &tape) == MIL_ERROR_ARGUMENT && mil_tape_create(ctx, NULL) == MIL_ERROR_ARGUMENT);
     CHECK(mil_tape_run(NULL) == MIL_ERROR_ARGUMENT && mil_tape_rerun(NULL) == MIL_ERROR_ARGUMENT && mil_tape_bytes(NULL) == 0);
     CHECK(mil_relu(NULL) == NULL && mil_add(NULL, NULL) == NULL && mil_sum_all(NULL) == NULL && mil_softmax_pool(NULL, NULL) == NULL);
+    mil_node *nothing = NULL;
+    CHECK(mil_concat(NULL, 2, 0) == NULL && mil_concat(&nothing, 1, 0) == NULL && mil_concat(&nothing, 0, 0) == NULL);
     CHECK(mil_node_read(NULL, NULL, 0) == MIL_ERROR_ARGUMENT && mil_node_grad(NULL) == NULL);
     mil_node_keep(NULL);
     mil_node_want_grad(NULL);

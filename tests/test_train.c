@@ -724,6 +724,26 @@ TEST(a_backend_with_memory_of_its_own_trains_alike)
     rig_close(&there);
 }
 
+// Averages and slow weights begin with the first update; until then they are not there to be saved.
+TEST(a_state_before_the_first_update_holds_no_averages)
+{
+    static const char *const kinds[2] = { "ema.W", "slow.W" };
+    rig r;
+    size_t size;
+    probe_open(&r, "optimizer=sgd lr=0.1 weight_decay=0 ema=0.5 lookahead=true");
+    for (int steps = 0; steps < 2; steps++) {
+        mil_tensors *file = NULL;
+        char *bytes = state_of(&r, &size);
+        if (CHECK(mil_tensors_open_memory(r.ctx, bytes, size, 0, &file) == MIL_OK))
+            for (int k = 0; k < 2; k++) CHECK((mil_tensors_find(file, kinds[k]) >= 0) == (steps > 0));
+        mil_tensors_free(file);
+        CHECK(mil_trainer_restore(r.trainer, bytes, size) == MIL_OK);
+        free(bytes);
+        CHECK(probe_step(&r, steps, 0) == MIL_OK);
+    }
+    rig_close(&r);
+}
+
 TEST(a_state_that_does_not_fit_is_refused_and_changes_nothing)
 {
     static const char *const others[4] = { "optimizer=sgd momentum=0.9 accumulate=2", "optimizer=adam accumulate=2", "optimizer=adamw accumulate=2 ema=0.5", "optimizer=adamw accumulate=2 lookahead=true" };
@@ -1192,7 +1212,7 @@ TESTS(T(evaluating_gives_loss_and_logits_and_changes_nothing) T(a_target_weighs_
       T(a_parameter_without_a_gradient_is_left_alone_and_counts_its_own_updates) T(a_frozen_parameter_stays_and_thaws)
       T(buffers_are_updated_by_each_forward_pass) T(draws_can_be_supplied_for_a_step) T(a_small_model_learns)
       T(accumulated_bags_equal_one_batch) T(thread_counts_give_the_same_bits) T(a_restored_trainer_goes_on_with_the_same_bits)
-      T(a_backend_with_memory_of_its_own_trains_alike) T(a_state_that_does_not_fit_is_refused_and_changes_nothing) T(swapping_the_average_twice_gives_the_weights_back)
+      T(a_backend_with_memory_of_its_own_trains_alike) T(a_state_before_the_first_update_holds_no_averages) T(a_state_that_does_not_fit_is_refused_and_changes_nothing) T(swapping_the_average_twice_gives_the_weights_back)
       T(a_loss_that_is_not_finite_updates_nothing) T(a_gradient_that_is_not_finite_is_dropped)
       T(bad_options_are_refused_with_a_sentence) T(the_option_table_is_complete) T(a_wrong_bag_leaves_the_trainer_usable)
       T(a_step_allocates_nothing_once_it_has_seen_the_bag) T(each_allocation_may_fail_and_the_step_be_tried_again)
