@@ -845,7 +845,8 @@ MIL_API void mil_scorer_free(mil_scorer *scorer);                               
 MIL_API size_t mil_scorer_bytes(mil_model *model, const mil_scorer_options *options, int64_t instances);
 
 // Scores a whole bag, or a batch of bags where the model takes one (any model). What was pushed before is forgotten, and a
-// push after this call begins a new bag. Errors: as mil_model_record and mil_tape_run; MIL_ERROR_NUMERIC for NaN or infinity.
+// push after this call begins a new bag. Errors: as mil_model_record and mil_tape_run; MIL_ERROR_NUMERIC for NaN or infinity in the
+// features (but for what a mask hides) or, where weights make numbers overflow, in the logits: no result can then be read.
 MIL_API mil_status mil_scorer_score(mil_scorer *scorer, const mil_bag *bag);
 
 // Adds instances to the bag that is being pushed; the first push after mil_scorer_score begins a new one.
@@ -866,7 +867,7 @@ MIL_API int64_t mil_scorer_instances(const mil_scorer *scorer);                 
 // model does not give the result, or when it was not asked for.
 // mil_scorer_read: `count` must be mil_scorer_count. Errors: MIL_ERROR_STATE (no instance yet; not asked for in options.results;
 // weights changed in the middle of the bag), MIL_ERROR_UNSUPPORTED (the model does not give it), MIL_ERROR_ARGUMENT (no such
-// result, dst NULL, another count). mil_scorer_read_f64 gives doubles, as the metrics take them; probabilities are then
+// result, dst NULL, another count), MIL_ERROR_NUMERIC (logits of a pushed bag that are not finite). mil_scorer_read_f64 gives doubles, as the metrics take them; probabilities are then
 // computed in double, so that they sum to 1.
 MIL_API int64_t    mil_scorer_count(mil_scorer *scorer, mil_result result);
 MIL_API mil_status mil_scorer_read(mil_scorer *scorer, mil_result result, mil_real *dst, int64_t count);
@@ -14949,18 +14950,18 @@ static const mil_op mili_op_sgd = MILI_ROWS_OP("sgd", mili_sgd_run, NULL);
 
 // Adam's running mean m and mean square v of the gradient g (times c); r[0], r[1] = beta1, beta2:
 //   d = c g + decay p      m' = m + (1 - beta1) (d - m)      v' = beta2 v + (1 - beta2) d^2
-// Results m', v'. Inputs p, g, c [1], s, m, v.
+// A square that no number holds counts as a large one, so that a state can always be restored. Results m', v'. Inputs p, g, c [1], s, m, v.
 MILI_FN void mili_moments_run(const mil_exec *x)
 {
     const int64_t n = x->rows * x->node->cols;
     const mil_real *p = MILI_IN(x, 0), *g = MILI_IN(x, 1), c = MILI_IN(x, 2)[0], *m = MILI_IN(x, 4), *v = MILI_IN(x, 5);
     const mil_real decay = MILI_IN(x, 3)[MILI_S_DECAY], new1 = (mil_real)(1 - x->node->r[0]);
-    const mil_real old2 = (mil_real)x->node->r[1], new2 = (mil_real)(1 - x->node->r[1]);
+    const mil_real old2 = (mil_real)x->node->r[1], new2 = (mil_real)(1 - x->node->r[1]), most = MILI_REAL_MAX / 4;
     mil_real *m1 = MILI_OUT(x), *v1 = (mil_real *)x->second;
     for (int64_t i = 0; i < n; i++) {
         const mil_real d = c * g[i] + decay * p[i];
         m1[i] = m[i] + new1 * (d - m[i]);
-        v1[i] = old2 * v[i] + new2 * d * d;
+        v1[i] = MILI_MIN(old2 * v[i] + new2 * d * d, most);
     }
 }
 static const mil_op mili_op_moments = MILI_ROWS_OP("moments", mili_moments_run, NULL);
@@ -16278,21 +16279,57 @@ MIL_DEF mil_status mil_scorer_push(mil_scorer *s, const void *rows, int64_t coun
     return mili_scorer_push(s, rows, count, stride, dtype, 0);
 }
 
+MILI_FN mil_node *mili_scorer_node(mil_scorer *s, mil_result result)
+{
+    if ((unsigned)result >= (unsigned)MIL_RESULT_COUNT) return NULL;
+    return s->node[s->streamed][result == MIL_PROBABILITIES ? MIL_LOGITS : result];
+}
+
+// The first `count` numbers of a result, where the host can read them: in place, or in *copy, which is then the caller's. NULL after an error.
+MILI_FN const mil_real *mili_scorer_values(mil_scorer *s, const mil_node *n, int64_t count, mil_real **copy)
+{
+    mil_context *ctx = s->ctx;
+    const size_t bytes = (size_t)count * sizeof **copy;
+    const mil_real *x = (const mil_real *)(n->plan->base->kind == MIL_KIND_LEAF ? n->data : n->plan->base->data);
+    *copy = NULL;
+    if (ctx->backend) ctx->backend->synchronize(ctx->backend_self);
+    if (mili_host_memory(ctx)) return x;
+    *copy = (mil_real *)mili_alloc(ctx, bytes);
+    if (*copy && mili_download(ctx, *copy, x, bytes) == MIL_OK) return *copy;
+    mili_free(ctx, *copy, bytes);
+    return *copy = NULL;
+}
+
+// Logits that are not finite are no answer. They come of weights that make numbers overflow, and of models that look at features
+// which the mask hides.
+MILI_FN mil_status mili_scorer_check(mil_scorer *s, const char *call)
+{
+    mil_node *n = mili_scorer_node(s, MIL_LOGITS);
+    mil_real *copy;
+    if (!n) return MIL_OK;
+    const mil_real *x = mili_scorer_values(s, n, n->count, &copy);
+    if (x && !s->ctx->kernels->finite(x, n->count))
+        mili_fail(s->ctx, MIL_ERROR_NUMERIC, "%s: the logits are NaN or infinite though the features are not: weights too large, or features that %s does not mask",
+                  call, s->model->arch->name);
+    mili_free(s->ctx, copy, (size_t)n->count * sizeof *copy);
+    return s->ctx->status;
+}
+
 // Results for the rows so far, into the workspace.
-MILI_FN mil_status mili_scorer_finish(mil_scorer *s)
+MILI_FN mil_status mili_scorer_finish(mil_scorer *s, const char *call)
 {
     mil_context *ctx = s->ctx;
     const int64_t rows = s->fed + s->staged;
     if (s->results_at == rows) return MIL_OK;
-    if (rows == 0) return mili_fail(ctx, MIL_ERROR_STATE, "mil_scorer_read: no instance has been pushed");
-    if (mili_scorer_renew(s, "mil_scorer_read") != MIL_OK) return ctx->status;
+    if (rows == 0) return mili_fail(ctx, MIL_ERROR_STATE, "%s: no instance has been pushed", call);
+    if (mili_scorer_renew(s, call) != MIL_OK) return ctx->status;
     mili_scorer_states(s, 0);
     if (s->staged) mili_scorer_feed(s, s->stage, s->staged);
     mili_group_finish(&s->group, rows);
     s->tape->stream_rows = rows;
     for (int i = s->step + 1; i < s->plan->step_count && ctx->status == MIL_OK; i++) mili_run_step(s->tape, s->plan, &s->plan->step[i]);
     mili_scorer_states(s, 1);
-    if (ctx->status == MIL_OK) s->results_at = rows;
+    if (ctx->status == MIL_OK && mili_scorer_check(s, call) == MIL_OK) s->results_at = rows;
     return ctx->status;
 }
 
@@ -16312,7 +16349,7 @@ MIL_DEF mil_status mil_scorer_score(mil_scorer *s, const mil_bag *bag)
         mil_scorer_reset(s);
         const int64_t n = f->shape[f->rank - 2];
         mil_status status = mili_scorer_push(s, f->data, n, n == 1 ? 0 : (size_t)stride[f->rank - 2], f->dtype, 1);
-        if (status == MIL_OK) status = mili_scorer_finish(s);              // now, so that the results are of the present weights
+        if (status == MIL_OK) status = mili_scorer_finish(s, "mil_scorer_score");          // now, so that the results are of the present weights
         s->scored = 1;
         return status;
     }
@@ -16329,16 +16366,10 @@ MIL_DEF mil_status mil_scorer_score(mil_scorer *s, const mil_bag *bag)
         if (bad >= 0) return mili_fail(ctx, MIL_ERROR_NUMERIC, "mil_scorer_score: row %lld of the features holds NaN or infinity", (long long)bad);
         mili_scorer_keep(s, &out, 0);
     }
-    if (mil_tape_run(s->whole) != MIL_OK) return ctx->status;
+    if (mil_tape_run(s->whole) != MIL_OK || mili_scorer_check(s, "mil_scorer_score") != MIL_OK) return ctx->status;
     s->results_at = 0;
     s->whole_rows = f->shape[f->rank - 2];
     return MIL_OK;
-}
-
-MILI_FN mil_node *mili_scorer_node(mil_scorer *s, mil_result result)
-{
-    if ((unsigned)result >= (unsigned)MIL_RESULT_COUNT) return NULL;
-    return s->node[s->streamed][result == MIL_PROBABILITIES ? MIL_LOGITS : result];
 }
 
 MILI_FN int64_t mili_scorer_count(mil_scorer *s, const mil_node *n)
@@ -16395,7 +16426,7 @@ MILI_FN mil_status mili_scorer_read(mil_scorer *s, mil_result result, mil_real *
     mil_context *ctx = s->ctx;
     if ((unsigned)result >= (unsigned)MIL_RESULT_COUNT) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_read: %d is no result", (int)result);
     if (s->streamed ? s->refused : s->results_at < 0) return mili_fail(ctx, MIL_ERROR_STATE, "mil_scorer_read: no bag has been scored");
-    if (s->streamed && mili_scorer_finish(s) != MIL_OK) return ctx->status;
+    if (s->streamed && mili_scorer_finish(s, "mil_scorer_read") != MIL_OK) return ctx->status;
     mil_node *n = mili_scorer_node(s, result);
     if (!n && (s->gives[s->streamed] >> result & 1))
         return mili_fail(ctx, MIL_ERROR_STATE, "mil_scorer_read: %s was not asked for; set its bit in mil_scorer_options.results", mil_result_name(result));
@@ -16405,12 +16436,9 @@ MILI_FN mil_status mili_scorer_read(mil_scorer *s, mil_result result, mil_real *
         return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_read: %s has %lld elements, not %lld", mil_result_name(result), (long long)have, (long long)count);
     if (!dst && !wide) return mili_fail(ctx, MIL_ERROR_ARGUMENT, "mil_scorer_read: dst is NULL");
 
-    if (ctx->backend) ctx->backend->synchronize(ctx->backend_self);
-    const mil_real *x = (const mil_real *)(n->plan->base->kind == MIL_KIND_LEAF ? n->data : n->plan->base->data);
-    mil_real *copy = mili_host_memory(ctx) ? NULL : (mil_real *)mili_alloc(ctx, (size_t)count * sizeof *copy);
-    if (ctx->status != MIL_OK) return ctx->status;
-    if (copy && mili_download(ctx, copy, x, (size_t)count * sizeof *copy) != MIL_OK) goto done;
-    if (copy) x = copy;
+    mil_real *copy;
+    const mil_real *x = mili_scorer_values(s, n, count, &copy);
+    if (!x) return ctx->status;
     if (result == MIL_RANK) {
         const int64_t N = mil_scorer_instances(s), K = n->cols;
         for (int64_t at = 0; at < count; at += N * K)
@@ -16425,7 +16453,6 @@ MILI_FN mil_status mili_scorer_read(mil_scorer *s, mil_result result, mil_real *
     } else if (wide) {
         for (int64_t i = 0; i < count; i++) wide[i] = (double)x[i];
     } else memcpy(dst, x, (size_t)count * sizeof *dst);
-done:
     mili_free(ctx, copy, (size_t)count * sizeof *copy);
     return ctx->status;
 }

@@ -15,7 +15,8 @@ flags='-std=c99 -D_POSIX_C_SOURCE=200809L -Itests -w'
 # A test is VARIANT:NAME; f float, d double, F and D the same for a private test, which has the implementation in itself.
 all= late=
 for t in ${TESTS:-selftest hostile scorer loss metrics train failures threads errors model extending layers_attention \
-         models_torchmil_abmil models_millab2 ops_attention ops_tokens models_millab1 files edges tape kernels ops backend}; do
+         models_torchmil_abmil models_millab2 ops_attention ops_tokens models_millab1 files edges tape kernels ops backend \
+         calls failures_pieces}; do
     asks=$(sed -n '1s/^\/\/ build: *//p' "tests/test_$t.c")
     case $asks in *private*) f=F d=D ;; *) f=f d=d ;; esac
     all="$all $f:$t"

@@ -11,6 +11,7 @@
 #include "mil.h"
 #include "check.h"
 #include "memory.h"
+#include "narrow.h"
 
 #define SMALL "in_dim=4 embed_dim=3 attn_dim=2"
 static memory mem;
@@ -457,10 +458,8 @@ TEST(allocations_of_using_each_model)
         const mil_architecture *a = mil_architecture_at(i);
         mil_context *ctx = memory_context(&mem, 1, NULL);
         char name[128], narrow[1024], options[1280];
-        int at = snprintf(narrow, sizeof narrow, "in_dim=%d", COLUMNS), tried = 0, refused = 0;
-        for (int k = 0; k < a->option_count; k++)
-            if (a->options[k].type == MIL_OPTION_INT && strcmp(a->options[k].name, "in_dim") && atoi(a->options[k].value) > COLUMNS)
-                at += snprintf(narrow + at, sizeof narrow - (size_t)at, " %s=%d", a->options[k].name, COLUMNS);
+        int tried = 0, refused = 0;
+        narrow_options(a, COLUMNS, narrow, sizeof narrow);
         for (int c = 0; c < a->config_count; c++) {
             snprintf(name, sizeof name, "%s.%s", a->name, a->configs[c].name);
             each_allocation_of_using(ctx, name, narrow);

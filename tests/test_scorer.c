@@ -1302,6 +1302,37 @@ TEST(a_nan_in_a_masked_row_spoils_nothing)
     end();
 }
 
+// Weights as large as numbers can be make logits that are no numbers: an error, not an answer, until weights are fine again.
+TEST(logits_that_are_not_finite_are_an_error)
+{
+    static const unsigned char mask[9] = { 1, 1, 0, 1, 1, 1, 0, 1, 1 };
+    const int64_t shape = 9;
+    mil_real weight[C * 20], huge[C * 20], logits[C], attention[9];
+    begin(1, NULL);
+    mil_scorer *s = make_scorer(0);
+    mil_param *p = mil_model_find(model, "classifier.weight");
+    if (!CHECK(p && mil_param_read(p, weight, C * 20) == MIL_OK)) return;
+    for (int i = 0; i < C * 20; i++) huge[i] = (mil_real)(i % 2 ? 1 : -1) * (sizeof(mil_real) == 4 ? (mil_real)3e38 : (mil_real)1e308);
+    for (int masked = 0; masked < 2; masked++) {
+        mil_bag b = bag_of(bag, 9);
+        if (masked) b.mask = mil_tensor_make(mask, MIL_U8, 1, &shape);
+        for (int k = 0; k < 9 * D; k++) bag[k] *= 100;
+        CHECK(mil_param_write(p, huge, C * 20) == MIL_OK);
+        CHECK(mil_scorer_score(s, &b) == MIL_ERROR_NUMERIC);
+        CHECK_CONTAINS(mil_error(ctx), "mil_scorer_score: the logits are NaN or infinite");
+        CHECK(mil_scorer_read(s, MIL_ATTENTION, attention, 9) != MIL_OK && mil_scorer_read(s, MIL_LOGITS, logits, C) != MIL_OK);
+        mil_scorer_reset(s);
+        CHECK(mil_scorer_push(s, bag, 9, 0, MIL_REAL_DTYPE) == MIL_OK);
+        CHECK(mil_scorer_read(s, MIL_ATTENTION, attention, 9) == MIL_ERROR_NUMERIC);
+        CHECK_CONTAINS(mil_error(ctx), "mil_scorer_read: the logits are NaN or infinite");
+        CHECK(mil_param_write(p, weight, C * 20) == MIL_OK);
+        CHECK(mil_scorer_score(s, &b) == MIL_OK && mil_scorer_read(s, MIL_LOGITS, logits, C) == MIL_OK && mil_scorer_read(s, MIL_ATTENTION, attention, 9) == MIL_OK);
+        fill_bag();
+    }
+    mil_scorer_free(s);
+    end();
+}
+
 TEST(one_logit_gives_the_sigmoid)
 {
     fill_bag();
@@ -1327,7 +1358,7 @@ TEST(one_logit_gives_the_sigmoid)
 }
 
 TESTS(
-    T(a_result_that_was_not_asked_for_is_told_from_one_that_does_not_exist)
+    T(logits_that_are_not_finite_are_an_error) T(a_result_that_was_not_asked_for_is_told_from_one_that_does_not_exist)
     T(a_scorer_follows_the_weights)
     T(a_push_after_a_whole_bag_begins_another)
     T(a_batch_gives_its_bags_results_one_after_the_other)

@@ -744,6 +744,30 @@ TEST(a_state_before_the_first_update_holds_no_averages)
     rig_close(&r);
 }
 
+// Weight decay alone makes squares that no number holds.
+TEST(weights_of_absurd_size_stay_numbers_and_so_does_the_state)
+{
+    static const char *const options[3] = { "optimizer=adam weight_decay=0.1", "optimizer=radam weight_decay=0.1", "optimizer=adamw weight_decay=0.1 lookahead=true ema=0.9" };
+    for (int k = 0; k < 3; k++) {
+        rig r;
+        size_t size;
+        mil_real W[N];
+        double values[N + COLS];
+        probe_open(&r, options[k]);
+        for (int i = 0; i < N; i++) W[i] = (mil_real)(MIL_REAL_IS_FLOAT ? 1e37 : 1e307) * (mil_real)(i % 2 ? 1 : -1);
+        CHECK(mil_param_write(mil_model_find(r.model, "W"), W, N) == MIL_OK);
+        for (int t = 0; t < 8; t++) {                      // radam changes its formula in the sixth
+            CHECK(probe_step(&r, t, 0) == MIL_OK);
+            probe_values(&r, values);
+            for (int i = 0; i < N + COLS; i++) CHECK(isfinite(values[i]));
+            char *bytes = state_of(&r, &size);
+            if (!CHECK(mil_trainer_restore(r.trainer, bytes, size) == MIL_OK)) puts(mil_error(r.ctx));
+            free(bytes);
+        }
+        rig_close(&r);
+    }
+}
+
 TEST(a_state_that_does_not_fit_is_refused_and_changes_nothing)
 {
     static const char *const others[4] = { "optimizer=sgd momentum=0.9 accumulate=2", "optimizer=adam accumulate=2", "optimizer=adamw accumulate=2 ema=0.5", "optimizer=adamw accumulate=2 lookahead=true" };
@@ -1212,7 +1236,7 @@ TESTS(T(evaluating_gives_loss_and_logits_and_changes_nothing) T(a_target_weighs_
       T(a_parameter_without_a_gradient_is_left_alone_and_counts_its_own_updates) T(a_frozen_parameter_stays_and_thaws)
       T(buffers_are_updated_by_each_forward_pass) T(draws_can_be_supplied_for_a_step) T(a_small_model_learns)
       T(accumulated_bags_equal_one_batch) T(thread_counts_give_the_same_bits) T(a_restored_trainer_goes_on_with_the_same_bits)
-      T(a_backend_with_memory_of_its_own_trains_alike) T(a_state_before_the_first_update_holds_no_averages) T(a_state_that_does_not_fit_is_refused_and_changes_nothing) T(swapping_the_average_twice_gives_the_weights_back)
+      T(a_backend_with_memory_of_its_own_trains_alike) T(weights_of_absurd_size_stay_numbers_and_so_does_the_state) T(a_state_before_the_first_update_holds_no_averages) T(a_state_that_does_not_fit_is_refused_and_changes_nothing) T(swapping_the_average_twice_gives_the_weights_back)
       T(a_loss_that_is_not_finite_updates_nothing) T(a_gradient_that_is_not_finite_is_dropped)
       T(bad_options_are_refused_with_a_sentence) T(the_option_table_is_complete) T(a_wrong_bag_leaves_the_trainer_usable)
       T(a_step_allocates_nothing_once_it_has_seen_the_bag) T(each_allocation_may_fail_and_the_step_be_tried_again)
