@@ -4756,10 +4756,15 @@ MILI_FN int mili_still_there(mil_tape *tape, const mil_node *n)
 MILI_FN mil_status mili_mark_needed(mil_tape *tape)
 {
     for (int64_t i = tape->ran; i < tape->count; i++) {
-        tape->node[i]->flags &= ~(unsigned)MILI_NEEDED;
-        if (tape->node[i]->flags & MILI_KEEP) tape->node[i]->flags |= MILI_NEEDED;
+        mil_node *n = tape->node[i], *base = n->plan->base;
+        n->flags &= ~(unsigned)MILI_NEEDED;
+        if (n->flags & MILI_KEEP && base->kind != MIL_KIND_LEAF && base->index >= tape->ran) base->flags |= MILI_KEEP;     // what a view shows
+    }
+    for (int64_t i = tape->ran; i < tape->count; i++) {
+        mil_node *n = tape->node[i];
         // A later run may want the gradient of what is kept: its second result, which has no other handle, is kept with it.
-        if (tape->node[i]->op == &mili_op_second && tape->node[i]->input[0]->flags & MILI_KEEP) tape->node[i]->flags |= MILI_KEEP | MILI_NEEDED;
+        if (n->op == &mili_op_second && n->input[0]->flags & MILI_KEEP) n->flags |= MILI_KEEP;
+        if (n->flags & MILI_KEEP) n->flags |= MILI_NEEDED;
     }
     for (int64_t i = tape->updates_ran; i < tape->update_count; i++) {
         tape->update[i].value->flags |= MILI_NEEDED;
