@@ -13,7 +13,16 @@
 #define CHECK_H
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+
+// Whether the environment asks for the smaller sizes only (MIL_TEST_SMALL: emulated CPUs), and how many rounds of a random test.
+static inline int check_small(void) { return getenv("MIL_TEST_SMALL") != NULL; }
+static inline int check_rounds(int rounds)
+{
+    const char *text = getenv("MIL_TEST_ROUNDS");
+    return text ? atoi(text) : check_small() ? (rounds + 9) / 10 : rounds;
+}
 
 static int check_failures;                                 // in the test that is running
 static const char *check_name = "";

@@ -290,8 +290,7 @@ static void live(const mil_architecture *a, int config, uint64_t seed)
 
 TEST(calls_in_any_order_do_no_harm)
 {
-    const char *text = getenv("MIL_TEST_ROUNDS");
-    const int rounds = text ? atoi(text) : 12;
+    const int rounds = check_rounds(12);
     for (int round = 0; round < rounds; round++)
         for (int64_t i = 0; i < mil_architecture_count(); i++)
             for (int c = 0; c < mil_architecture_at(i)->config_count; c++) live(mil_architecture_at(i), c, (uint64_t)round * 1000 + (uint64_t)i * 10 + (uint64_t)c);

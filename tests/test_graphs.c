@@ -211,8 +211,7 @@ static const mode modes[] = {
 
 TEST(graphs_have_the_same_values_however_they_are_run)
 {
-    const char *text = getenv("MIL_TEST_ROUNDS");
-    const int rounds = text ? atoi(text) : 80;
+    const int rounds = check_rounds(80);
     static memory mem;
     uint64_t noise = 11;
     int smooth = 0;
