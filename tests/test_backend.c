@@ -381,6 +381,31 @@ TEST(stages_strides_and_reruns_work_on_a_backend)
     }
 }
 
+// What a run needs of the inputs is sent once, what it does not need never.
+TEST(an_input_is_sent_to_the_backend_once_and_when_it_is_needed)
+{
+    static const mil_real data[2][6] = { { 1, -2, 3, -4, 5, -6 }, { 0 } };
+    mil_context *ctx = context_on(&apart);
+    mil_tape *tape = NULL;
+    mil_real y[6];
+    CHECK(mil_tape_create(ctx, &tape) == MIL_OK);
+    const mil_tensor a = mil_tensor_matrix(data[0], MIL_REAL_DTYPE, 2, 3), b = mil_tensor_matrix(data[1], MIL_REAL_DTYPE, 2, 3);
+    mil_node *in = mil_input(tape, "a", &a), *spare = mil_input(tape, "b", &b), *first = mil_relu(in);
+    mil_node_keep(first);
+    CHECK(mil_tape_run(tape) == MIL_OK && the_device.uploads == 1);
+    mil_node *second = mil_square(in);
+    mil_node_keep(second);
+    CHECK(mil_tape_run(tape) == MIL_OK && the_device.uploads == 1);
+    CHECK(mil_node_read(second, y, 6) == MIL_OK && y[5] == 36);
+    mil_node *third = mil_add(spare, second);
+    mil_node_keep(third);
+    CHECK(mil_tape_run(tape) == MIL_OK && the_device.uploads == 2);
+    CHECK(mil_node_read(third, y, 6) == MIL_OK && y[1] == 4);
+    mil_tape_free(tape);
+    mil_context_free(ctx);
+    CHECK(the_device.live == 0);
+}
+
 TEST(every_failure_of_a_backend_is_an_error)
 {
     int failures = 0;
@@ -401,6 +426,6 @@ TEST(every_failure_of_a_backend_is_an_error)
     CHECK(failures > 20);
 }
 
-TESTS(T(a_backend_in_host_memory_runs_every_case) T(a_backend_with_memory_of_its_own_runs_every_case)
+TESTS(T(an_input_is_sent_to_the_backend_once_and_when_it_is_needed) T(a_backend_in_host_memory_runs_every_case) T(a_backend_with_memory_of_its_own_runs_every_case)
       T(a_backend_that_supports_nothing_falls_back_for_every_case) T(stages_strides_and_reruns_work_on_a_backend)
       T(every_failure_of_a_backend_is_an_error))

@@ -704,6 +704,7 @@ TEST(bad_labels_scores_and_sizes_are_named)
     refused(mil_metric_average_precision(ctx, bad, y, 2, &v), "average precision");
     refused(mil_metric_youden(ctx, bad, y, 2, &v, &j), "youden");
     refused(mil_metric_brier(ctx, logit, y, 2, 1, &v), "probability 3");
+    refused(mil_metric_brier(ctx, inf, y, 2, 1, &v), "probability inf");
     refused(mil_metric_log_loss(ctx, sums, y, 2, 2, &v), "bag 1 sum to 1.6");
     refused(mil_metric_ece(ctx, s, y, 2, 1, 0, &v), "0 bins");
     refused(mil_metric_ece(ctx, s, high, 2, 1, 15, &v), "label 2");

@@ -939,6 +939,24 @@ TEST(each_failing_allocation_is_an_error_without_a_leak_or_a_change)
     end();
 }
 
+// The filters of transmil's PPEG: Xavier's bound for one channel in and all out, each by its own number of taps.
+TEST(position_filters_start_within_their_own_bounds)
+{
+    static const char *const keys[3] = { "pos_layer.proj.weight", "pos_layer.proj1.weight", "pos_layer.proj2.weight" };
+    begin();
+    mil_model *m = mil_create(ctx, "transmil", "in_dim=4 embed_dim=64");
+    for (int k = 0; k < 3; k++) {
+        const mil_param *p = mil_model_find(m, keys[k]);
+        double most = 0;
+        if (!CHECK(p && p->shape[2] == 7 - 2 * k)) continue;
+        const double bound = sqrt(6 / ((double)(p->shape[2] * p->shape[3]) * (1 + 64)));
+        for (int64_t e = 0; e < p->count; e++) most = fabs((double)((const mil_real *)p->data)[e]) > most ? fabs((double)((const mil_real *)p->data)[e]) : most;
+        CHECK(most <= bound * (1 + 1e-6) && most > 0.9 * bound);
+    }
+    mil_model_free(m);
+    end();
+}
+
 // The position filter of rrt's regional attention: Xavier's bound for one channel in and `heads` out, and not all alike.
 TEST(fresh_position_filters_have_the_spread_of_the_reference)
 {
@@ -979,7 +997,7 @@ TESTS(
     T(files_that_do_not_fit_are_named_and_change_nothing)
     T(many_missing_names_are_counted)
     T(files_without_a_classifier_open_with_a_fresh_one)
-    T(a_file_that_lacks_a_tensor_is_no_models) T(a_config_with_dtype_and_torch_dtype_opens)
+    T(position_filters_start_within_their_own_bounds) T(a_file_that_lacks_a_tensor_is_no_models) T(a_config_with_dtype_and_torch_dtype_opens)
     T(a_new_head_takes_what_both_have)
     T(class_names_and_metadata_are_checked)
     T(metadata_that_is_no_utf8_is_refused_and_the_model_saves)

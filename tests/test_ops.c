@@ -307,10 +307,11 @@ TEST(weights_of_another_shape_but_as_many_elements_get_their_gradient)
     }
 }
 
-TEST(equal_maxima_take_the_first_and_its_gradient)
+TEST(equal_maxima_and_minima_take_the_first_and_its_gradient)
 {
     static const mil_real data[8] = { 1, 3, 3, 2, 3, 3, 1, 0 };        // [4, 2]
-    for (int axis = 0; axis < 2; axis++) {
+    for (int way = 0; way < 4; way++) {
+        const int axis = way & 1, low = way >> 1;
         mil_context *ctx = context_of(MIL_CPU_AUTO, 1);
         mil_tape *tape = NULL;
         mil_real g[8];
@@ -320,11 +321,12 @@ TEST(equal_maxima_take_the_first_and_its_gradient)
         mil_node *x = mil_input(tape, "x", &t);
         mil_node_want_grad(x);
         mil_node *arg = mil_argmax(x, axis);
-        mil_tape_backward(tape, mil_sum_all(mil_max(x, axis)));
+        mil_tape_backward(tape, mil_sum_all(low ? mil_min(mil_affine(x, -1, 0), axis) : mil_max(x, axis)));
         mil_node_keep(arg);
         mil_node_keep(mil_node_grad(x));
         CHECK(mil_tape_run(tape) == MIL_OK && mil_node_read(mil_node_grad(x), g, 8) == MIL_OK && mil_node_read(arg, at, axis ? 4 : 2) == MIL_OK);
         static const mil_real by_col[8] = { 0, 1, 1, 0, 0, 0, 0, 0 }, by_row[8] = { 0, 1, 1, 0, 1, 0, 1, 0 };
+        for (int i = 0; low && i < 8; i++) g[i] = g[i] == 0 ? 0 : -g[i];           // a minimum of -x
         CHECK(memcmp(g, axis ? by_row : by_col, sizeof g) == 0);
         if (axis) CHECK(at[0] == 1 && at[1] == 0 && at[2] == 0 && at[3] == 0);
         else CHECK(at[0] == 1 && at[1] == 0);
@@ -357,6 +359,6 @@ TESTS(T(a_clamp_passes_the_gradient_at_its_ends) T(every_case_by_row_groups_with
       T(every_case_by_plain_kernels) T(every_case_by_avx2_kernels)
       T(a_slice_that_is_all_minus_infinity_gives_zeros_or_minus_infinity) T(plus_infinity_wins_a_log_sum_exp)
       T(a_nan_spoils_its_own_slice_only) T(pooling_skips_masked_rows_whatever_they_hold)
-      T(masked_rows_of_a_pool_get_no_gradient_and_all_masked_is_no_nan) T(equal_maxima_take_the_first_and_its_gradient)
+      T(masked_rows_of_a_pool_get_no_gradient_and_all_masked_is_no_nan) T(equal_maxima_and_minima_take_the_first_and_its_gradient)
       T(a_nan_score_gives_nan_wherever_it_stands) T(the_score_of_a_lone_instance_has_gradient_0_also_when_it_is_masked)
       T(weights_of_another_shape_but_as_many_elements_get_their_gradient))

@@ -391,6 +391,48 @@ TEST(rows_that_are_not_finite_are_refused_and_the_bag_is_as_before)
     end();
 }
 
+TEST(of_several_rows_that_are_not_finite_the_first_is_named)
+{
+    static const int places[3][2] = { { 0, 200 }, { 130, 650 }, { 0, 128 } };
+    begin(1, NULL);
+    for (int k = 0; k < 3; k++) {
+        mil_scorer *s = make_scorer(0);
+        char part[32];
+        for (int i = 0; i < 2; i++) bag[places[k][i] * D + 5] = (mil_real)NAN;
+        CHECK(mil_scorer_push(s, bag, 700, 0, MIL_REAL_DTYPE) == MIL_ERROR_NUMERIC);
+        snprintf(part, sizeof part, "row %d ", places[k][0]);
+        CHECK_CONTAINS(mil_error(ctx), part);
+        fill_bag();
+        mil_scorer_free(s);
+    }
+    end();
+}
+
+TEST(ranks_under_a_mask_are_each_columns_own)
+{
+    enum { M = 9, K = 2 };
+    static const unsigned char mask[M] = { 0, 1, 1, 0, 1, 1, 0, 0, 1 };
+    const int64_t shape = M;
+    begin(1, NULL);
+    mil_scorer_options o = mil_scorer_options_default();
+    mil_model *dsmil = mil_create(ctx, "dsmil", "in_dim=24 embed_dim=8 attn_dim=4 num_classes=2");
+    o.results = 1u << MIL_RANK | 1u << MIL_ATTENTION;
+    mil_scorer *s = mil_scorer_create(dsmil, &o);
+    mil_bag b = bag_of(bag, M);
+    mil_real score[M * K], rank[M * K];
+    b.mask = mil_tensor_make(mask, MIL_U8, 1, &shape);
+    CHECK(mil_scorer_score(s, &b) == MIL_OK && mil_scorer_read(s, MIL_ATTENTION, score, M * K) == MIL_OK && mil_scorer_read(s, MIL_RANK, rank, M * K) == MIL_OK);
+    for (int n = 0; n < M; n++)
+        for (int k = 0; k < K; k++) {
+            int below = 0;
+            for (int i = 0; i < M; i++) below += mask[i] && score[i * K + k] < score[n * K + k];
+            CHECK_NEAR(rank[n * K + k], mask[n] ? below / 4.0 : 0, 1e-6);          // five are real
+        }
+    mil_scorer_free(s);
+    mil_model_free(dsmil);
+    end();
+}
+
 TEST(arguments_that_make_no_sense_are_refused)
 {
     begin(1, NULL);
@@ -1343,6 +1385,9 @@ TEST(one_logit_gives_the_sigmoid)
     CHECK(mil_scorer_push(s, bag, 40, 0, MIL_REAL_DTYPE) == MIL_OK);
     CHECK(mil_scorer_read(s, MIL_LOGITS, &x, 1) == MIL_OK && mil_scorer_read(s, MIL_PROBABILITIES, &p, 1) == MIL_OK);
     CHECK_NEAR(p, 1 / (1 + exp(-(double)x)), 1e-6);
+    double wide = 0;
+    CHECK(mil_scorer_read_f64(s, MIL_PROBABILITIES, &wide, 1) == MIL_OK);
+    CHECK_NEAR(wide, 1 / (1 + exp(-(double)x)), 1e-15);
     CHECK_STRING(mil_result_name(MIL_PROBABILITIES), "probabilities");
 
     static const int64_t shape[3] = { 2, 20, D };          // two bags: each its own
@@ -1358,7 +1403,7 @@ TEST(one_logit_gives_the_sigmoid)
 }
 
 TESTS(
-    T(logits_that_are_not_finite_are_an_error) T(a_result_that_was_not_asked_for_is_told_from_one_that_does_not_exist)
+    T(of_several_rows_that_are_not_finite_the_first_is_named) T(ranks_under_a_mask_are_each_columns_own) T(logits_that_are_not_finite_are_an_error) T(a_result_that_was_not_asked_for_is_told_from_one_that_does_not_exist)
     T(a_scorer_follows_the_weights)
     T(a_push_after_a_whole_bag_begins_another)
     T(a_batch_gives_its_bags_results_one_after_the_other)

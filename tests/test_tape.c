@@ -531,6 +531,12 @@ TEST(the_callers_workspace_is_used_and_a_small_one_refused)
     mil_tape_workspace(tape, block, 1000);
     CHECK(mil_tape_run(tape) == MIL_ERROR_NO_MEMORY);
     CHECK_CONTAINS(mil_error(ctx), "the caller's workspace of 1000 bytes is too small");
+    char *crooked = block + 65 - (uintptr_t)block % 64;    // one byte behind a multiple of 64: 63 are lost, and are told
+    unsigned long long said = 0;
+    mil_tape_workspace(tape, crooked, 1000);
+    CHECK(mil_tape_run(tape) == MIL_ERROR_NO_MEMORY);
+    const char *needed = strstr(mil_error(ctx), "small: ");
+    CHECK(needed && sscanf(needed, "small: %llu", &said) == 1 && said + 64 == bytes + 63);
     mil_tape_workspace(tape, block, bytes);
     c.largest = 0;
     CHECK(mil_tape_run(tape) == MIL_OK);
@@ -751,6 +757,7 @@ static mil_node *err_reshape(mil_tape *t) { const int64_t s[2] = { 5, -1 }; retu
 static mil_node *err_reshape2(mil_tape *t) { const int64_t s[2] = { -1, -1 }; return mil_reshape(matrix(t, 3, 4), 2, s); }
 static mil_node *err_permute(mil_tape *t) { const int a[2] = { 0, 0 }; return mil_permute(matrix(t, 3, 4), a); }
 static mil_node *err_permute_beyond(mil_tape *t) { const int a[2] = { 0, 5 }; return mil_permute(matrix(t, 3, 4), a); }
+static mil_node *err_permute_end(mil_tape *t) { const int a[2] = { 0, 2 }; return mil_permute(matrix(t, 3, 4), a); }
 static mil_node *err_permute_negative(mil_tape *t) { const int a[2] = { -1, 0 }; return mil_permute(matrix(t, 3, 4), a); }
 static mil_node *err_transpose(mil_tape *t) { return mil_transpose(mil_constant(t, 0, NULL, 1)); }
 static mil_node *err_concat(mil_tape *t) { mil_node *x[2]; x[0] = matrix(t, 3, 4); x[1] = matrix(t, 3, 5); return mil_concat(x, 2, 0); }
@@ -794,6 +801,15 @@ static mil_node *err_reshape_empty(mil_tape *t) { const int64_t s[3] = { INT64_M
 static mil_node *err_pad_huge(mil_tape *t) { return mil_pad(matrix(t, 3, 4), 0, INT64_MAX, INT64_MAX); }
 static mil_node *tokens(mil_tape *t, int64_t n, int64_t c) { const int64_t s[3] = { 1, n, c }; return mil_constant(t, 3, s, 1); }
 static mil_node *err_run_mean(mil_tape *t) { return mil_run_mean(tokens(t, 4, 2), 2, INT64_MAX); }
+static mil_node *err_tokens(mil_tape *t, int64_t skip, int64_t width)
+{
+    const int64_t s[4] = { 2, 1, 3, 3 };
+    return mil_conv_tokens(tokens(t, 4, 2), mil_constant(t, 4, s, 1), NULL, skip, width);
+}
+static mil_node *err_tokens_before(mil_tape *t) { return err_tokens(t, -2, 2); }
+static mil_node *err_tokens_beyond(mil_tape *t) { return err_tokens(t, 6, 2); }
+static mil_node *err_tokens_width(mil_tape *t) { return err_tokens(t, 0, 0); }
+static mil_node *err_tokens_rest(mil_tape *t) { return err_tokens(t, 1, 2); }
 static mil_node *err_conv_after(mil_tape *t) { return mil_conv_rows(tokens(t, 4, 2), matrix(t, 2, 3), NULL, INT64_MAX); }
 static mil_node *err_conv_before(mil_tape *t) { return mil_conv_rows(tokens(t, 4, 2), matrix(t, 2, 3), NULL, INT64_MIN); }
 static mil_node *err_regions(mil_tape *t) { return mil_regions_join(tokens(t, 1, 2), 1, (int64_t)1 << 32, 1, 1); }             // a side squared that is 2^64
@@ -822,6 +838,7 @@ TEST(each_wrong_call_has_its_sentence)
         { err_reshape2, MIL_ERROR_SHAPE, "reshape: [3, 4] to [-1, -1]" },
         { err_permute, MIL_ERROR_ARGUMENT, "permute: axis 0 of [3, 4] is not a permutation" },
         { err_permute_beyond, MIL_ERROR_ARGUMENT, "permute: axis 5 of [3, 4] is not a permutation" },
+        { err_permute_end, MIL_ERROR_ARGUMENT, "permute: axis 2 of [3, 4] is not a permutation" },
         { err_permute_negative, MIL_ERROR_ARGUMENT, "permute: axis -1 of [3, 4] is not a permutation" },
         { err_transpose, MIL_ERROR_SHAPE, "transpose: needs two axes, got []" },
         { err_concat, MIL_ERROR_SHAPE, "concat: [3, 4] and [3, 5] along axis 0" },
@@ -854,6 +871,10 @@ TEST(each_wrong_call_has_its_sentence)
         { err_reshape_empty, MIL_ERROR_SHAPE, "reshape: [0, 2] to [9223372036854775807, 9223372036854775807, -1]" },
         { err_pad_huge, MIL_ERROR_SHAPE, "pad: 9223372036854775807 and 9223372036854775807 zeros: negative or too many" },
         { err_run_mean, MIL_ERROR_SHAPE, "run_mean: 2 runs of [1, 4, 2] after 9223372036854775807 zeros" },
+        { err_tokens_before, MIL_ERROR_SHAPE, "conv_tokens: " },
+        { err_tokens_beyond, MIL_ERROR_SHAPE, "conv_tokens: " },
+        { err_tokens_width, MIL_ERROR_SHAPE, "conv_tokens: " },
+        { err_tokens_rest, MIL_ERROR_SHAPE, "conv_tokens: " },
         { err_conv_after, MIL_ERROR_SHAPE, "conv_rows: 9223372036854775807 taps before" },
         { err_conv_before, MIL_ERROR_SHAPE, "conv_rows: -9223372036854775808 taps before" },
         { err_regions, MIL_ERROR_SHAPE, "regions: [1, 1, 2] back to 1 bags on a side of 4294967296" },
@@ -1602,6 +1623,7 @@ TEST(what_no_kernel_could_compute_is_not_recorded)
         { &energy, MIL_KIND_WHOLE, MIL_REAL_DTYPE, 1, 4, 0, 0, "energy: the op lacks a function that this kind needs" },
         { &empty, MIL_KIND_WHOLE, MIL_REAL_DTYPE, 1, 4, 0, 0, "empty: the op lacks a function that this kind needs" },
         { &energy, MIL_KIND_REDUCE, MIL_REAL_DTYPE, 1, 1, -1, -4, "energy: -1 reductions of -4 rows" },
+        { &energy, MIL_KIND_REDUCE, MIL_REAL_DTYPE, 1, 1, -1, 4, "energy: -1 reductions of 4 rows" },
         { &energy, MIL_KIND_REDUCE, MIL_REAL_DTYPE, 1, 1, 1, -4, "energy: 1 reductions of -4 rows" },
         { &energy, MIL_KIND_REDUCE, MIL_REAL_DTYPE, 1, 1, INT64_MAX, 4, "energy: 9223372036854775807 reductions of 4 rows" },
         { &energy, MIL_KIND_REDUCE, MIL_REAL_DTYPE, 1, 1, (int64_t)1 << 31, (int64_t)1 << 31, "energy: 2147483648 reductions of 2147483648 rows" },

@@ -768,6 +768,29 @@ TEST(weights_of_absurd_size_stay_numbers_and_so_does_the_state)
     }
 }
 
+// One-hot targets of one size name the first class.
+TEST(equal_targets_of_one_bag_name_the_first_class)
+{
+    static const double values[2] = { 0.5, 0.5 };
+    static mil_real before[2][32], after[2][32];
+    static const char *const keys[2] = { "instance_classifiers.0.weight", "instance_classifiers.1.weight" };
+    rig r;
+    mil_real x[10 * 6];
+    for (int i = 0; i < 60; i++) x[i] = (mil_real)sin(1.7 * i);
+    CHECK(rig_open(&r, "clam", "in_dim=6 embed_dim=4 attention_dim=4 k_sample=3 instance_loss_fn=ce dropout=0", "optimizer=sgd lr=0.1 weight_decay=0", 1, 0));
+    mil_bag bag;
+    memset(&bag, 0, sizeof bag);
+    bag.features = mil_tensor_matrix(x, MIL_REAL_DTYPE, 10, 6);
+    mil_target target = mil_target_value(0);
+    target.values = values;
+    target.count = 2;
+    for (int k = 0; k < 2; k++) CHECK(mil_param_read(mil_model_find(r.model, keys[k]), before[k], 8) == MIL_OK);
+    if (!CHECK(mil_trainer_step(r.trainer, &bag, &target, NULL, NULL) == MIL_OK)) puts(mil_error(r.ctx));
+    for (int k = 0; k < 2; k++) CHECK(mil_param_read(mil_model_find(r.model, keys[k]), after[k], 8) == MIL_OK);
+    CHECK(memcmp(before[0], after[0], 8 * sizeof(mil_real)) != 0 && memcmp(before[1], after[1], 8 * sizeof(mil_real)) == 0);
+    rig_close(&r);
+}
+
 TEST(a_state_that_does_not_fit_is_refused_and_changes_nothing)
 {
     static const char *const others[4] = { "optimizer=sgd momentum=0.9 accumulate=2", "optimizer=adam accumulate=2", "optimizer=adamw accumulate=2 ema=0.5", "optimizer=adamw accumulate=2 lookahead=true" };
@@ -1236,7 +1259,7 @@ TESTS(T(evaluating_gives_loss_and_logits_and_changes_nothing) T(a_target_weighs_
       T(a_parameter_without_a_gradient_is_left_alone_and_counts_its_own_updates) T(a_frozen_parameter_stays_and_thaws)
       T(buffers_are_updated_by_each_forward_pass) T(draws_can_be_supplied_for_a_step) T(a_small_model_learns)
       T(accumulated_bags_equal_one_batch) T(thread_counts_give_the_same_bits) T(a_restored_trainer_goes_on_with_the_same_bits)
-      T(a_backend_with_memory_of_its_own_trains_alike) T(weights_of_absurd_size_stay_numbers_and_so_does_the_state) T(a_state_before_the_first_update_holds_no_averages) T(a_state_that_does_not_fit_is_refused_and_changes_nothing) T(swapping_the_average_twice_gives_the_weights_back)
+      T(a_backend_with_memory_of_its_own_trains_alike) T(weights_of_absurd_size_stay_numbers_and_so_does_the_state) T(equal_targets_of_one_bag_name_the_first_class) T(a_state_before_the_first_update_holds_no_averages) T(a_state_that_does_not_fit_is_refused_and_changes_nothing) T(swapping_the_average_twice_gives_the_weights_back)
       T(a_loss_that_is_not_finite_updates_nothing) T(a_gradient_that_is_not_finite_is_dropped)
       T(bad_options_are_refused_with_a_sentence) T(the_option_table_is_complete) T(a_wrong_bag_leaves_the_trainer_usable)
       T(a_step_allocates_nothing_once_it_has_seen_the_bag) T(each_allocation_may_fail_and_the_step_be_tried_again)
