@@ -4230,49 +4230,10 @@ MILI_FN mil_node *mili_node_new(mil_tape *tape, const mil_op *op, mil_kind kind,
     return n;
 }
 
-MILI_FN mil_node *mili_record(mil_tape *tape, const mil_spec *spec);
-
-// A node to read `in` from: itself, but what an earlier run converted or drew and did not keep is recorded once more.
-MILI_FN mil_node *mili_present(mil_tape *tape, mil_node *in)
+// Records a node from a spec that is in order, over these inputs.
+MILI_FN mil_node *mili_record_over(mil_tape *tape, const mil_spec *spec, mil_node *const *input)
 {
-    mil_node *base = in->plan->base, *again = base->plan->present;
-    if (base->index >= tape->ran || !(base->op->flags & MILI_OP_SOURCE) || base->flags & MILI_KEPT) return in;
-    mil_spec s;
-    memset(&s, 0, sizeof s);
-    if (!again || again->index < tape->ran) {
-        s = mil_spec_make(base->op, base->kind, base->rank, base->shape);
-        s.dtype = base->dtype;
-        s.input_count = base->input_count;
-        for (int i = 0; i < base->input_count; i++) s.input[i] = base->input[i];
-        s.row_inputs = base->row_inputs;
-        memcpy(s.i, base->i, sizeof s.i);
-        memcpy(s.r, base->r, sizeof s.r);
-        s.p = base->p;
-        again = base->plan->present = mili_record(tape, &s);
-    }
-    if (in == base || !again) return again;
-    s = mil_spec_make(in->op, MIL_KIND_VIEW, in->rank, in->shape);
-    s.dtype = in->dtype;
-    s.input_count = 1;
-    s.input[0] = again;
-    return mili_record(tape, &s);
-}
-
-// Records a node from a spec as it is.
-MILI_FN mil_node *mili_record(mil_tape *tape, const mil_spec *spec)
-{
-    if (!tape || tape->status != MIL_OK) return NULL;
-    if (!spec || !spec->op || !spec->op->name) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_record: no op");
     const char *name = spec->op->name;
-    mil_node *input[MIL_MAX_INPUTS];
-    if (spec->input_count < 0 || spec->input_count > MIL_MAX_INPUTS)
-        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: %d inputs, the most is %d", name, spec->input_count, MIL_MAX_INPUTS);
-    for (int i = 0; i < spec->input_count; i++) {
-        if (!spec->input[i]) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: input %d is NULL", name, i);
-        if (spec->input[i]->tape != tape) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: input %d is of another tape", name, i);
-        input[i] = mili_present(tape, spec->input[i]);
-        if (!input[i]) return NULL;
-    }
     mil_node *n = mili_node_new(tape, spec->op, spec->kind, spec->dtype, spec->rank, spec->shape);
     if (!n) return NULL;
     if (spec->kind == MIL_KIND_REDUCE) { n->outer = spec->outer; n->in_rows = spec->in_rows; }
@@ -4298,6 +4259,51 @@ MILI_FN mil_node *mili_record(mil_tape *tape, const mil_spec *spec)
             return mil_tape_fail(tape, MIL_ERROR_UNSUPPORTED, "%s: has no gradient, but a parameter stands below it", name);
     }
     return n;
+}
+
+// A node to read `in` from: itself, but what an earlier run converted or drew and did not keep is recorded once more. Such a node
+// has leaves for inputs, if any, and they are always there.
+MILI_FN mil_node *mili_present(mil_tape *tape, mil_node *in)
+{
+    mil_node *base = in->plan->base, *again = base->plan->present;
+    if (base->index >= tape->ran || !(base->op->flags & MILI_OP_SOURCE) || base->flags & MILI_KEPT) return in;
+    mil_spec s;
+    memset(&s, 0, sizeof s);
+    if (!again || again->index < tape->ran) {
+        s = mil_spec_make(base->op, base->kind, base->rank, base->shape);
+        s.dtype = base->dtype;
+        s.input_count = base->input_count;
+        for (int i = 0; i < base->input_count; i++) s.input[i] = base->input[i];
+        s.row_inputs = base->row_inputs;
+        memcpy(s.i, base->i, sizeof s.i);
+        memcpy(s.r, base->r, sizeof s.r);
+        s.p = base->p;
+        again = base->plan->present = mili_record_over(tape, &s, s.input);
+    }
+    if (in == base || !again) return again;
+    s = mil_spec_make(in->op, MIL_KIND_VIEW, in->rank, in->shape);
+    s.dtype = in->dtype;
+    s.input_count = 1;
+    s.input[0] = again;
+    return mili_record_over(tape, &s, s.input);
+}
+
+// Records a node from a spec as it is.
+MILI_FN mil_node *mili_record(mil_tape *tape, const mil_spec *spec)
+{
+    if (!tape || tape->status != MIL_OK) return NULL;
+    if (!spec || !spec->op || !spec->op->name) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "mil_record: no op");
+    const char *name = spec->op->name;
+    mil_node *input[MIL_MAX_INPUTS];
+    if (spec->input_count < 0 || spec->input_count > MIL_MAX_INPUTS)
+        return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: %d inputs, the most is %d", name, spec->input_count, MIL_MAX_INPUTS);
+    for (int i = 0; i < spec->input_count; i++) {
+        if (!spec->input[i]) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: input %d is NULL", name, i);
+        if (spec->input[i]->tape != tape) return mil_tape_fail(tape, MIL_ERROR_ARGUMENT, "%s: input %d is of another tape", name, i);
+        input[i] = mili_present(tape, spec->input[i]);
+        if (!input[i]) return NULL;
+    }
+    return mili_record_over(tape, spec, input);
 }
 
 MILI_FN mil_node *mili_either(mil_node *x);
