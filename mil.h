@@ -867,8 +867,8 @@ MIL_API int64_t mil_scorer_instances(const mil_scorer *scorer);                 
 // model does not give the result, or when it was not asked for.
 // mil_scorer_read: `count` must be mil_scorer_count. Errors: MIL_ERROR_STATE (no instance yet; not asked for in options.results;
 // weights changed in the middle of the bag), MIL_ERROR_UNSUPPORTED (the model does not give it), MIL_ERROR_ARGUMENT (no such
-// result, dst NULL, another count), MIL_ERROR_NUMERIC (logits of a pushed bag that are not finite). mil_scorer_read_f64 gives doubles, as the metrics take them; probabilities are then
-// computed in double, so that they sum to 1.
+// result, dst NULL, another count), MIL_ERROR_NUMERIC (logits of a pushed bag that are not finite). mil_scorer_read_f64 gives
+// doubles, as the metrics take them; probabilities are then computed in double, so that they sum to 1.
 MIL_API int64_t    mil_scorer_count(mil_scorer *scorer, mil_result result);
 MIL_API mil_status mil_scorer_read(mil_scorer *scorer, mil_result result, mil_real *dst, int64_t count);
 MIL_API mil_status mil_scorer_read_f64(mil_scorer *scorer, mil_result result, double *dst, int64_t count);
@@ -16296,7 +16296,16 @@ MILI_FN mil_node *mili_scorer_node(mil_scorer *s, mil_result result)
     return s->node[s->streamed][result == MIL_PROBABILITIES ? MIL_LOGITS : result];
 }
 
-// The first `count` numbers of a result, where the host can read them: in place, or in *copy, which is then the caller's. NULL after an error.
+// Elements of a result for the rows so far.
+MILI_FN int64_t mili_scorer_count(mil_scorer *s, const mil_node *n)
+{
+    if (!n || mil_scorer_instances(s) == 0) return 0;
+    if (!s->streamed || !mili_is_rows_of(n, s->capacity)) return n->count;
+    return n->count / s->capacity * (s->fed + s->staged);
+}
+
+// The first `count` numbers of a result, where the host can read them: in place, or in *copy, which is then the caller's. NULL after
+// an error.
 MILI_FN const mil_real *mili_scorer_values(mil_scorer *s, const mil_node *n, int64_t count, mil_real **copy)
 {
     mil_context *ctx = s->ctx;
@@ -16316,13 +16325,14 @@ MILI_FN const mil_real *mili_scorer_values(mil_scorer *s, const mil_node *n, int
 MILI_FN mil_status mili_scorer_check(mil_scorer *s, const char *call)
 {
     mil_node *n = mili_scorer_node(s, MIL_LOGITS);
+    const int64_t count = s->streamed ? mili_scorer_count(s, n) : n ? n->count : 0;
     mil_real *copy;
     if (!n) return MIL_OK;
-    const mil_real *x = mili_scorer_values(s, n, n->count, &copy);
-    if (x && !s->ctx->kernels->finite(x, n->count))
+    const mil_real *x = mili_scorer_values(s, n, count, &copy);
+    if (x && !s->ctx->kernels->finite(x, count))
         mili_fail(s->ctx, MIL_ERROR_NUMERIC, "%s: the logits are NaN or infinite though the features are not: weights too large, or features that %s does not mask",
                   call, s->model->arch->name);
-    mili_free(s->ctx, copy, (size_t)n->count * sizeof *copy);
+    mili_free(s->ctx, copy, (size_t)count * sizeof *copy);
     return s->ctx->status;
 }
 
@@ -16381,13 +16391,6 @@ MIL_DEF mil_status mil_scorer_score(mil_scorer *s, const mil_bag *bag)
     s->results_at = 0;
     s->whole_rows = f->shape[f->rank - 2];
     return MIL_OK;
-}
-
-MILI_FN int64_t mili_scorer_count(mil_scorer *s, const mil_node *n)
-{
-    if (!n || mil_scorer_instances(s) == 0) return 0;
-    if (!s->streamed || !mili_is_rows_of(n, s->capacity)) return n->count;
-    return n->count / s->capacity * (s->fed + s->staged);
 }
 
 MIL_DEF int64_t mil_scorer_count(mil_scorer *s, mil_result result) { return s ? mili_scorer_count(s, mili_scorer_node(s, result)) : 0; }

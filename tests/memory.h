@@ -56,6 +56,13 @@ static mil_context *memory_context(memory *m, int threads, long *hosted)
     return ctx;
 }
 
+// The same whole numbers on every machine, 0..n-1.
+static inline int memory_chance(uint64_t *state, int n)
+{
+    *state = *state * 6364136223846793005u + 1442695040888963407u;
+    return (int)((*state >> 33) % (uint64_t)n);
+}
+
 // The same numbers on every machine, about uniform in -1..1.
 static inline double memory_noise(uint64_t *state)
 {

@@ -8,7 +8,7 @@
 #include "memory.h"
 #include "narrow.h"
 
-enum { D = 8, MOST = 24, WEIGHTS = 1 << 18, CALLS = 60 };
+enum { D = 8, MOST = 24, CALLS = 60 };
 
 typedef struct world {
     memory       mem;
@@ -24,25 +24,9 @@ typedef struct world {
 
 static float features[MOST * (D + 2)], coords[MOST * 2];
 static unsigned char mask[MOST];
-static mil_real before[WEIGHTS], after[WEIGHTS];
+static mil_real before[NARROW_WEIGHTS], after[NARROW_WEIGHTS];
 
-static int chance(world *w, int n)
-{
-    w->chance = w->chance * 6364136223846793005u + 1442695040888963407u;
-    return (int)((w->chance >> 33) % (uint64_t)n);
-}
-
-static int64_t read_weights(const mil_model *m, mil_real *dst)
-{
-    int64_t count = 0;
-    for (int64_t i = 0; i < mil_model_param_count(m); i++) {
-        const mil_param *p = mil_model_param(m, i);
-        if (p->dtype != MIL_REAL_DTYPE || !CHECK(count + p->count <= WEIGHTS)) continue;
-        memcpy(dst + count, p->data, (size_t)p->count * sizeof *dst);
-        count += p->count;
-    }
-    return count;
-}
+static int chance(world *w, int n) { return memory_chance(&w->chance, n); }
 
 // A bag of 1 to MOST instances; now and then one that is wrong. *bad: it may not be taken (what a mask hides may be NaN).
 static mil_bag some_bag(world *w, int *bad)
@@ -161,7 +145,7 @@ static void use_trainer(world *w)
         answered(w, created(w, w->trainer), "trainer");
         return;
     }
-    const int64_t count = read_weights(w->model, before);
+    const int64_t count = narrow_weights(w->model, before);
     mil_status status = MIL_OK;
     const int what = chance(w, 12);
     if (what < 6) {
@@ -191,7 +175,7 @@ static void use_trainer(world *w)
         return;                                            // averaged weights that were swapped in go back
     }
     if (status != MIL_OK && what != 5) {
-        CHECK(read_weights(w->model, after) == count);
+        CHECK(narrow_weights(w->model, after) == count);
         if (!CHECK(memcmp(before, after, (size_t)count * sizeof *before) == 0)) printf("  %s: trainer's call %d failed (%s) and changed weights\n", w->said, what, mil_error(w->ctx));
     }
 }
@@ -199,7 +183,7 @@ static void use_trainer(world *w)
 static void use_model(world *w)
 {
     static const char *const names[] = { "normal", "tumor" };
-    const int64_t count = read_weights(w->model, before);
+    const int64_t count = narrow_weights(w->model, before);
     mil_status status = MIL_OK;
     const int what = chance(w, 7);
     switch (what) {
@@ -220,7 +204,7 @@ static void use_model(world *w)
         }
     }
     if (status != MIL_OK) {
-        CHECK(read_weights(w->model, after) == count);
+        CHECK(narrow_weights(w->model, after) == count);
         CHECK(memcmp(before, after, (size_t)count * sizeof *before) == 0);
     }
 }

@@ -14,14 +14,10 @@ typedef struct graph {
     int       count, outs, smooth;                         // smooth: nothing was chosen by its value
 } graph;
 
-static mil_real data[3][LARGEST], weights[PARAMS][WIDEST * WIDEST];
+static mil_real data[2][LARGEST], weights[PARAMS][WIDEST * WIDEST];
 static mil_param params[PARAMS];
 
-static int chance(graph *g, int n)
-{
-    g->chance = g->chance * 6364136223846793005u + 1442695040888963407u;
-    return (int)((g->chance >> 33) % (uint64_t)n);
-}
+static int chance(graph *g, int n) { return memory_chance(&g->chance, n); }
 
 static mil_node *any(graph *g) { return g->node[chance(g, 3) ? g->count - 1 - chance(g, g->count < 5 ? g->count : 5) : chance(g, g->count)]; }
 
@@ -215,7 +211,7 @@ TEST(graphs_have_the_same_values_however_they_are_run)
     static memory mem;
     uint64_t noise = 11;
     int smooth = 0;
-    for (int k = 0; k < 3; k++) for (int i = 0; i < LARGEST; i++) data[k][i] = (mil_real)memory_noise(&noise);
+    for (int k = 0; k < 2; k++) for (int i = 0; i < LARGEST; i++) data[k][i] = (mil_real)memory_noise(&noise);
     for (int k = 0; k < PARAMS; k++) {
         for (int i = 0; i < WIDEST * WIDEST; i++) weights[k][i] = (mil_real)(0.5 * memory_noise(&noise));
         memset(&params[k], 0, sizeof params[k]);

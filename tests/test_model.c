@@ -494,6 +494,15 @@ static const char *path_of(const char *name)
     return path[turn];
 }
 
+static void end_with_files(const char *a, const char *b)   // end(), and the folder with these two files goes
+{
+    unlink(path_of(a));
+    unlink(path_of(b));
+    rmdir(folder);
+    folder[0] = 0;
+    end();
+}
+
 TEST(files_without_a_classifier_open_with_a_fresh_one)         // as FEATHER's are published
 {
     static const char *const configs[] = {
@@ -562,11 +571,7 @@ TEST(files_without_a_classifier_open_with_a_fresh_one)         // as FEATHER's a
     mil_model_free(a);
     mil_model_free(b);
     mil_model_free(d);
-    unlink(path_of("model.safetensors"));
-    unlink(path_of("whole.safetensors"));
-    rmdir(folder);
-    folder[0] = 0;
-    end();
+    end_with_files("model.safetensors", "whole.safetensors");
 }
 
 // Without a model_type the file's tensors say which model it is: all of one, or all but its whole head.
@@ -593,11 +598,7 @@ TEST(a_file_that_lacks_a_tensor_is_no_models)
         mil_model_free(b);
     }
     mil_model_free(a);
-    unlink(path_of("config.json"));
-    unlink(path_of("model.safetensors"));
-    rmdir(folder);
-    folder[0] = 0;
-    end();
+    end_with_files("config.json", "model.safetensors");
 }
 
 // One of the two names is the end of the other, and what is skipped must be found whichever comes first.
@@ -626,11 +627,7 @@ TEST(a_config_with_dtype_and_torch_dtype_opens)
         CHECK(mil_open(ctx, path_of("model.safetensors")) == NULL && mil_error_status(ctx) == MIL_ERROR_UNKNOWN);
     }
     mil_model_free(a);
-    unlink(path_of("config.json"));
-    unlink(path_of("model.safetensors"));
-    rmdir(folder);
-    folder[0] = 0;
-    end();
+    end_with_files("config.json", "model.safetensors");
 }
 
 // Another number of classes: the classifier is fresh, and so are the instance classifiers that only one side has.
